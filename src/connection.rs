@@ -1,0 +1,213 @@
+//! One client connection, from its first byte to its last: head, answer, and after a 101 the tunnel.
+//!
+//! This is the one place where a refusal and a tunnel's two ends are logged.
+
+use std::io::{self, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tiny_http::HTTPVersion;
+
+use crate::config::Config;
+use crate::connections::Permit;
+use crate::dial::{DialError, Target, dial};
+use crate::http::Request;
+use crate::http::answer::Answer;
+use crate::http::backend::{Backend, Rejected};
+use crate::http::routes::{Rules, Upgrade, route};
+use crate::lingering_close::{LingeringClose, drain};
+use crate::request_head::{self, HeadError, MAX_HEAD};
+use crate::tunnel;
+use crate::tunnel::state::State;
+use crate::tunnel::target::TargetSocket;
+
+/// How long a client may take to read an answer that is longer than its socket's buffer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Context {
+    /// The checked options.
+    pub config: Config,
+    /// Who may do what.
+    pub rules: Rules,
+    /// tiny_http.
+    pub backend: Backend,
+    /// Where refused connections go.
+    pub closer: LingeringClose,
+}
+
+/// An answer that ends the connection, and how to print it.
+struct Refused {
+    answer: Answer,
+    version: HTTPVersion,
+    to_head: bool,
+}
+
+/// A request that has been answered with a 101, and what the tunnel needs.
+struct Upgraded {
+    target: TargetSocket,
+    name: Target,
+    address: SocketAddr,
+    early: Vec<u8>,
+}
+
+/// Serves `client` until it is closed.
+pub fn serve(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, permit: &Permit) {
+    let _ = client.set_nodelay(true);
+    match upgrade(context, &client, permit) {
+        Ok(upgraded) => relay(context, &client, peer, permit, upgraded),
+        Err(Some(refused)) => {
+            log_answer(peer, &refused.answer);
+            let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
+            let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
+            if (&*client).write_all(&bytes).is_ok() {
+                context.closer.close(client);
+            }
+        }
+        Err(None) => log::debug!("gone before its request: peer={peer}"),
+    }
+}
+
+/// From the first byte to the 101.
+fn upgrade(
+    context: &Context,
+    client: &TcpStream,
+    permit: &Permit,
+) -> Result<Upgraded, Option<Refused>> {
+    let plain = |answer| {
+        Some(Refused {
+            answer,
+            version: HTTPVersion(1, 1),
+            to_head: false,
+        })
+    };
+    let deadline = Instant::now() + context.config.head_timeout;
+    let head = request_head::read(client, deadline);
+    if !permit.answering() {
+        return Err(plain(Answer::refusal(
+            408,
+            "the connection limit is reached and this connection had sent no request for the longest time: send it at once",
+        )));
+    }
+    let (head, early) = head.map_err(|error| no_head(&error, context).and_then(plain))?;
+    let request = context
+        .backend
+        .parse(permit.id, &head)
+        .map_err(|error| plain(not_parsed(error)))?;
+    let refused = |answer| {
+        Some(Refused {
+            answer,
+            version: request.version.clone(),
+            to_head: request.is_head(),
+        })
+    };
+    let Upgrade {
+        target: name,
+        accept,
+    } = route(&request, &context.rules).map_err(refused)?;
+    let stream = dial(&name, Instant::now() + context.config.dial_timeout)
+        .map_err(|error| refused(not_reached(&name, &error)))?;
+    let (target, address) = taken_over(stream).map_err(|error| {
+        refused(Answer::unavailable(format!(
+            "no room for a tunnel, try again: {error}"
+        )))
+    })?;
+    switch_protocols(client, &request, accept).map_err(|_| None)?;
+    Ok(Upgraded {
+        target,
+        name,
+        address,
+        early,
+    })
+}
+
+fn taken_over(stream: TcpStream) -> io::Result<(TargetSocket, SocketAddr)> {
+    let address = stream.peer_addr()?;
+    Ok((TargetSocket::new(stream)?, address))
+}
+
+fn switch_protocols(mut client: &TcpStream, request: &Request, accept: String) -> io::Result<()> {
+    client.set_read_timeout(None)?;
+    client.write_all(&Answer::switching_protocols(accept).to_bytes(&request.version, false))
+}
+
+/// The tunnel, and the lingering close behind it.
+fn relay(
+    context: &Context,
+    client: &TcpStream,
+    peer: SocketAddr,
+    permit: &Permit,
+    upgraded: Upgraded,
+) {
+    let Upgraded {
+        target,
+        name,
+        address,
+        early,
+    } = upgraded;
+    let (id, times) = (permit.id, context.config.times);
+    log::info!("tunnel opened: id={id} peer={peer} target={name} address={address}");
+    let state = Arc::new(State::new());
+    permit.tunneling(&state);
+    let outcome = tunnel::run(client, early, target, times, &state);
+    let (up, down) = state.counts();
+    let (duration, reason) = (state.age().as_secs_f64(), &outcome.reason);
+    log::info!(
+        "tunnel closed: id={id} peer={peer} target={name} address={address} up={up} down={down} duration={duration:.3}s reason={reason:?}"
+    );
+    if outcome.client_is_there {
+        drain(client, times.linger);
+    }
+}
+
+/// Logs an answer before it is sent, as websocat never shows a refusal's body.
+pub fn log_answer(peer: SocketAddr, answer: &Answer) {
+    match answer.status {
+        status @ 400.. => log::info!(
+            "refused: peer={peer} status={status} reason={:?}",
+            answer.message
+        ),
+        status => log::debug!("answered: peer={peer} status={status}"),
+    }
+}
+
+fn no_head(error: &HeadError, context: &Context) -> Option<Answer> {
+    Some(match error {
+        HeadError::Gone => return None,
+        HeadError::TooLarge => Answer::refusal(
+            431,
+            format!(
+                "the request head is longer than {MAX_HEAD} bytes or has more than 100 headers: send a shorter one"
+            ),
+        ),
+        HeadError::TimedOut => Answer::refusal(
+            408,
+            format!(
+                "the request head was not finished in {:?}: send it at once",
+                context.config.head_timeout
+            ),
+        ),
+        HeadError::Malformed(why) => Answer::refusal(
+            400,
+            format!("the request head is malformed: {why}; send HTTP/1.1"),
+        ),
+    })
+}
+
+fn not_parsed(error: Rejected) -> Answer {
+    match error {
+        Rejected::Malformed => Answer::refusal(400, "the request head is malformed: send HTTP/1.1"),
+        Rejected::Unavailable(why) => Answer::unavailable(format!(
+            "requests can't be taken just now, try again: {why}"
+        )),
+    }
+}
+
+fn not_reached(name: &Target, error: &DialError) -> Answer {
+    Answer::refusal(
+        502,
+        format!("cannot reach {name}: {error}; check that it is running and listens there"),
+    )
+}

@@ -1,0 +1,221 @@
+//! The gate: accepts connections, gives each a place and a thread, and lets them end at shutdown.
+
+use std::io::{self, ErrorKind};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fd::OwnedFd;
+use rustix::net::{SendFlags, send};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tiny_http::HTTPVersion;
+
+use crate::config::Config;
+use crate::connection::{self, Context};
+use crate::connections::Connections;
+use crate::http::answer::Answer;
+use crate::http::backend::Backend;
+use crate::http::routes::Rules;
+use crate::lingering_close::LingeringClose;
+
+/// A connection's thread reads the head, prints the answer and then runs inbound.
+const STACK: usize = 128 * 1024;
+
+/// The most descriptors a connection holds at once, while its request is being answered: its own, the
+/// private socket's two ends and tiny_http's copy of one, and up to four attempts to connect.
+const DESCRIPTORS_EACH: u64 = 7;
+
+/// Descriptors for everything that is no connection.
+const DESCRIPTORS_ELSE: u64 = 32;
+
+/// How long nothing is accepted after the system refused to.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long tunnels may take for their Close handshake after the grace.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Tells a running daemon to end. It may be asked from any thread, a signal handler's included.
+#[derive(Debug)]
+pub struct Shutdown {
+    wake: OwnedFd,
+}
+
+impl Shutdown {
+    /// Not asked yet.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn new() -> io::Result<Shutdown> {
+        Ok(Shutdown {
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// Asks.
+    pub fn request(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// Serves connections to `listener` until `shutdown` is requested and they have ended.
+///
+/// Tunnels get the grace to end by themselves, then a Close 1001.
+///
+/// # Errors
+/// When it can't start; once it serves, nothing ends it but the shutdown.
+pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Result<()> {
+    let grace = config.shutdown_grace;
+    let connections = Connections::new(connection_limit(config.max_connections)?);
+    let rules = Rules {
+        tokens: config.tokens.clone(),
+        allow_origin: config.allow_origin.clone(),
+    };
+    let context = Context {
+        config,
+        rules,
+        backend: Backend::start()?,
+        closer: LingeringClose::start()?,
+    };
+    let gate = Gate {
+        context: Arc::new(context),
+        connections,
+    };
+    listener.set_nonblocking(true)?;
+    log::info!("listening on {}", listener.local_addr()?);
+    gate.accept_until(&listener, shutdown);
+    drop(listener);
+    gate.drain(grace);
+    Ok(())
+}
+
+struct Gate {
+    context: Arc<Context>,
+    connections: Arc<Connections>,
+}
+
+impl Gate {
+    fn accept_until(&self, listener: &TcpListener, shutdown: &Shutdown) {
+        let mut pause = false;
+        while !wait(listener, shutdown, pause) {
+            pause = match listener.accept() {
+                Ok((client, peer)) => {
+                    self.admit(client, peer);
+                    false
+                }
+                Err(error) if is_of_one_connection(&error) => false,
+                Err(error) => {
+                    log::warn!(
+                        "cannot accept a connection, trying again in {ACCEPT_PAUSE:?}: {error}"
+                    );
+                    true
+                }
+            };
+        }
+    }
+
+    fn admit(&self, client: TcpStream, peer: SocketAddr) {
+        let client = Arc::new(client);
+        let Some(permit) = self.connections.admit(&client) else {
+            return self.turn_away(
+                client,
+                peer,
+                "the connection limit is reached: try again later",
+            );
+        };
+        let (context, of_thread) = (Arc::clone(&self.context), Arc::clone(&client));
+        let thread = thread::Builder::new()
+            .name("inbound".into())
+            .stack_size(STACK);
+        let started = thread.spawn(move || connection::serve(&context, of_thread, peer, &permit));
+        if let Err(error) = started {
+            self.turn_away(
+                client,
+                peer,
+                &format!("no thread for this connection, try again later: {error}"),
+            );
+        }
+    }
+
+    /// Answers 503 without a thread. A fresh socket's buffer has room for it.
+    fn turn_away(&self, client: Arc<TcpStream>, peer: SocketAddr, why: &str) {
+        let answer = Answer::unavailable(why);
+        connection::log_answer(peer, &answer);
+        let bytes = answer.to_bytes(&HTTPVersion(1, 1), false);
+        if send(&*client, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok() {
+            self.context.closer.close(client);
+        }
+    }
+
+    fn drain(&self, grace: Duration) {
+        log::info!("shutting down: tunnels may end by themselves within {grace:?}");
+        self.connections.let_heads_go();
+        if !self.connections.wait_until_none(Instant::now() + grace) {
+            self.connections.end_tunnels();
+            self.connections
+                .wait_until_none(Instant::now() + CLOSE_LIMIT);
+        }
+        log::info!("shut down");
+    }
+}
+
+/// Waits for a connection, or for the pause to be over. `true` once the shutdown was requested.
+fn wait(listener: &TcpListener, shutdown: &Shutdown, pause: bool) -> bool {
+    let mut fds = vec![PollFd::new(&shutdown.wake, PollFlags::IN)];
+    if !pause {
+        fds.push(PollFd::new(listener, PollFlags::IN));
+    }
+    let limit = if pause {
+        Timespec::try_from(ACCEPT_PAUSE).ok()
+    } else {
+        None
+    };
+    if let Err(error) = poll(&mut fds, limit.as_ref()) {
+        // Without memory for a poll there is no waiting either, and spinning would make it worse.
+        log::debug!("cannot wait for a connection: {error}");
+        thread::sleep(Duration::from_millis(1));
+        return false;
+    }
+    !fds[0].revents().is_empty()
+}
+
+/// Errors that say something of one connection, not of the listener (accept(2)).
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionReset | Interrupted | WouldBlock
+    )
+}
+
+/// Raises the soft limit of descriptors to the hard one, and lowers `wanted` to what it allows: tiny_http
+/// must never run out of them.
+fn connection_limit(wanted: usize) -> io::Result<usize> {
+    let limits = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limits.maximum,
+            maximum: limits.maximum,
+        },
+    ) {
+        log::debug!("cannot raise the limit of descriptors: {error}");
+    }
+    let Some(descriptors) = getrlimit(Resource::Nofile).current else {
+        return Ok(wanted);
+    };
+    let possible = descriptors.saturating_sub(DESCRIPTORS_ELSE) / DESCRIPTORS_EACH;
+    let possible = usize::try_from(possible).unwrap_or(usize::MAX);
+    if possible == 0 {
+        return Err(io::Error::other(format!(
+            "{descriptors} descriptors are too few: raise RLIMIT_NOFILE (ulimit -n)"
+        )));
+    }
+    if possible < wanted {
+        log::warn!(
+            "{descriptors} descriptors allow {possible} connections instead of {wanted}: raise RLIMIT_NOFILE (ulimit -n) for more"
+        );
+    }
+    Ok(wanted.min(possible))
+}

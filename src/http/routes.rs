@@ -1,0 +1,276 @@
+//! From a request to its answer, or to the wish to be upgraded: every check before the dial, in the order
+//! of the table in the README.
+
+use std::borrow::Cow;
+
+use tiny_http::Method;
+use url::{Url, form_urlencoded};
+
+use super::answer::Answer;
+use super::auth::Tokens;
+use super::origin::{Origin, check_host, check_origin};
+use super::{Request, handshake};
+use crate::dial::{Host, Target};
+
+/// The API's own description, served at `/openapi.yaml`.
+pub const OPENAPI: &str = include_str!("openapi.yaml");
+
+/// Who may do what.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// The tokens, or `None` for an open daemon.
+    pub tokens: Option<Tokens>,
+    /// The origins named with `--allow-origin`.
+    pub allow_origin: Vec<Origin>,
+}
+
+/// A request that has passed every check before the dial.
+#[derive(Debug)]
+pub struct Upgrade {
+    /// What to dial.
+    pub target: Target,
+    /// The `Sec-WebSocket-Accept` to answer with.
+    pub accept: String,
+}
+
+/// Runs the checks.
+///
+/// # Errors
+/// The [`Answer`] of a request that is not to be upgraded, refusal or not.
+pub fn route(request: &Request, rules: &Rules) -> Result<Upgrade, Answer> {
+    let location = Location::of(request)?;
+    if location.path == "/health" {
+        return Err(only(request, &[Method::Get, Method::Head])
+            .err()
+            .unwrap_or_else(no_content));
+    }
+    authenticate(request, rules)?;
+    match &*location.path {
+        "/tunnel" => tunnel(request, &location, rules),
+        "/openapi.yaml" => {
+            only(request, &[Method::Get, Method::Head])?;
+            check_page(request, &location, rules)?;
+            Err(Answer::success(
+                200,
+                Some("application/yaml"),
+                OPENAPI.to_owned(),
+            ))
+        }
+        path => Err(Answer::refusal(
+            404,
+            format!("no such path {path:?}: use /tunnel?host=&port=, /health or /openapi.yaml"),
+        )),
+    }
+}
+
+fn tunnel(request: &Request, location: &Location, rules: &Rules) -> Result<Upgrade, Answer> {
+    only(request, &[Method::Get])?;
+    let target = target(&location.query)?;
+    let accept = handshake::check(request)?;
+    if request.has_body {
+        return Err(Answer::refusal(
+            400,
+            "a request to be upgraded has no body: send the bytes for the target as WebSocket frames",
+        ));
+    }
+    check_page(request, location, rules)?;
+    Ok(Upgrade { target, accept })
+}
+
+fn no_content() -> Answer {
+    Answer::success(204, None, String::new())
+}
+
+fn only(request: &Request, allowed: &[Method]) -> Result<(), Answer> {
+    if allowed.contains(&request.method) {
+        return Ok(());
+    }
+    let allow = allowed
+        .iter()
+        .map(Method::as_str)
+        .collect::<Vec<_>>()
+        .join(", ");
+    let message = format!("method {} is not allowed here: use {allow}", request.method);
+    Err(Answer::refusal(405, message).with("Allow", allow))
+}
+
+fn authenticate(request: &Request, rules: &Rules) -> Result<(), Answer> {
+    let Some(tokens) = &rules.tokens else {
+        return Ok(());
+    };
+    let message = match request.headers("X-Access-Token")[..] {
+        [token] if tokens.accept(token.as_bytes()) => return Ok(()),
+        [_] => "the token in X-Access-Token is wrong: send the one this daemon was started with",
+        [] => {
+            "X-Access-Token is missing: send the token this daemon was started with in that header"
+        }
+        _ => "X-Access-Token is repeated: send one",
+    };
+    // RFC 9110 §11.6.1 asks for a challenge with every 401.
+    Err(Answer::refusal(401, message).with("WWW-Authenticate", "X-Access-Token"))
+}
+
+/// Web pages are held to the origin rules; the host rule is for an open daemon alone.
+fn check_page(request: &Request, location: &Location, rules: &Rules) -> Result<(), Answer> {
+    let has_token = rules.tokens.is_some();
+    let refuse = |message| Answer::refusal(403, message);
+    check_origin(&request.headers("Origin"), &rules.allow_origin, has_token).map_err(refuse)?;
+    if has_token {
+        return Ok(());
+    }
+    let header = request.headers("Host").first().copied();
+    check_host(location.authority.as_deref().or(header)).map_err(refuse)
+}
+
+/// The parts of a request target (RFC 9112 §3.2): origin form, or absolute form.
+struct Location {
+    authority: Option<String>,
+    path: String,
+    query: String,
+}
+
+impl Location {
+    fn of(request: &Request) -> Result<Location, Answer> {
+        let target = &request.target;
+        if !target.starts_with('/') && target.contains("://") {
+            let url = Url::parse(target).map_err(|_| {
+                Answer::refusal(400, format!("request target {target:?} is no URL"))
+            })?;
+            let authority = url.host_str().map(str::to_owned);
+            return Ok(Location {
+                authority,
+                path: url.path().to_owned(),
+                query: url.query().unwrap_or("").to_owned(),
+            });
+        }
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        Ok(Location {
+            authority: None,
+            path: path.to_owned(),
+            query: query.to_owned(),
+        })
+    }
+}
+
+/// The target that `host` and `port` name; other parameters don't matter.
+fn target(query: &str) -> Result<Target, Answer> {
+    let port = parameter(query, "port")?;
+    let port = port.ok_or_else(|| {
+        Answer::refusal(400, "parameter port is missing: say port=1 to port=65535")
+    })?;
+    let port = parse_port(&port).ok_or_else(|| {
+        Answer::refusal(
+            400,
+            format!(
+                "parameter port is {}, which is no port: use a decimal number from 1 to 65535",
+                shown(&port)
+            ),
+        )
+    })?;
+    let host = parameter(query, "host")?.unwrap_or_default();
+    let host = Host::parse(&host).ok_or_else(|| {
+        Answer::refusal(
+            400,
+            format!(
+                "parameter host is {}, which is no host: use a name, an IPv4 or an IPv6 address",
+                shown(&host)
+            ),
+        )
+    })?;
+    Ok(Target { host, port })
+}
+
+fn parameter<'a>(query: &'a str, name: &str) -> Result<Option<Cow<'a, str>>, Answer> {
+    let mut values = form_urlencoded::parse(query.as_bytes())
+        .filter(|(key, _)| key == name)
+        .map(|(_, value)| value);
+    let first = values.next();
+    match values.next() {
+        Some(second) => {
+            let first = first.unwrap_or_default();
+            Err(Answer::refusal(
+                400,
+                format!(
+                    "parameter {name} is repeated, {} and {}: say it once",
+                    shown(&first),
+                    shown(&second)
+                ),
+            ))
+        }
+        None => Ok(first),
+    }
+}
+
+/// `str::parse` would take a plus sign.
+fn parse_port(text: &str) -> Option<u16> {
+    let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|&port| is_decimal && port != 0)
+}
+
+/// A value of the client's for a message: quoted, escaped, and not too long.
+fn shown(value: &str) -> String {
+    let start: String = value.chars().take(80).collect();
+    let more = if start.len() < value.len() { "…" } else { "" };
+    format!("{start:?}{more}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_decimal_numbers_from_1_to_65535() {
+        for (text, port) in [("1", 1), ("65535", 65535), ("080", 80)] {
+            assert_eq!(parse_port(text), Some(port));
+        }
+        for text in [
+            "",
+            "0",
+            "65536",
+            "-1",
+            "+80",
+            " 80",
+            "80 ",
+            "8e1",
+            "0x50",
+            "80\0",
+            "٨٠",
+            "99999999999999999999",
+        ] {
+            assert_eq!(parse_port(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn percent_encoding_is_undone_once() {
+        let target = |query| {
+            target(query)
+                .map(|target| target.to_string())
+                .map_err(|answer| answer.message)
+        };
+        assert_eq!(
+            target("port=%38%30&host=%6cocalhost"),
+            Ok("localhost:80".into())
+        );
+        for query in [
+            "port=80%00",
+            "port=%2538",
+            "port=80&host=%256cocalhost",
+            "port=80&host=a%2fb",
+            "port=80&host=a%20b",
+            "port=80&p%6frt=81",
+        ] {
+            assert!(target(query).is_err(), "{query}");
+        }
+    }
+
+    #[test]
+    fn a_refused_value_is_named_and_bounded() {
+        let long = format!("port={}", "9".repeat(5000));
+        let message = target(&long).map_err(|answer| answer.message).unwrap_err();
+        assert!(
+            message.contains("parameter port is \"9999") && message.len() < 300,
+            "{message}"
+        );
+    }
+}

@@ -1,0 +1,63 @@
+//! Arguments, logging, signals, exit code; nothing else.
+
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tunneld::config::{Config, NoConfig};
+use tunneld::daemon::{self, Shutdown};
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(code) => code,
+        Err(NoConfig::Asked(text)) => {
+            let _ = io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(NoConfig::Wrong(sentence)) => {
+            let _ = writeln!(io::stderr(), "tunneld: {sentence}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn start() -> Result<ExitCode, NoConfig> {
+    let config = Config::load(std::env::args_os())?;
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    std::panic::set_hook(Box::new(|panic| {
+        log::error!("internal error, please report it: {panic}")
+    }));
+    let listener = TcpListener::bind(config.listen).map_err(|error| {
+        format!(
+            "cannot listen on {}: {error}; choose another --listen",
+            config.listen
+        )
+    })?;
+    if config.tokens.is_none() {
+        log::warn!("no access token is set: everyone who can connect may reach every port in here");
+    }
+    let shutdown = Arc::new(Shutdown::new().map_err(|error| format!("cannot start: {error}"))?);
+    handle_signals(&shutdown)?;
+    Ok(match daemon::run(listener, config, &shutdown) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("failed: {error}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+/// The first SIGTERM, SIGINT or SIGHUP ends the daemon in order, a second one at once.
+fn handle_signals(shutdown: &Arc<Shutdown>) -> Result<(), String> {
+    let shutdown = Arc::clone(shutdown);
+    let asked = AtomicBool::new(false);
+    let on_signal = move || {
+        if asked.swap(true, Ordering::SeqCst) {
+            std::process::exit(1);
+        }
+        shutdown.request();
+    };
+    ctrlc::set_handler(on_signal).map_err(|error| format!("cannot handle signals: {error}"))
+}

@@ -1,0 +1,237 @@
+//! The client's socket, as it is written to: whole frames under one lock, and a slot for what is due.
+//!
+//! Only outbound waits in a write here. Another thread with a frame to send puts it into the slot; whoever
+//! holds the lock sends it before unlocking, and looks once more after unlocking, so nothing stays behind.
+
+use std::io::{self, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tungstenite::Bytes;
+use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
+use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader};
+
+use super::state::State;
+
+/// The most payload bytes in a message to the client: the smallest default read limit among the clients
+/// people use (32 KiB in coder/websocket).
+pub const MAX_MESSAGE: usize = 32 * 1024;
+
+/// Room for the header before a message's payload: two bytes and a 16-bit length, no mask (RFC 6455 §5.2).
+pub const HEADER_ROOM: usize = 4;
+
+/// RFC 6455 §5.5: a control frame's payload is at most 125 bytes, two of which are a Close's code.
+const MAX_REASON: usize = 123;
+
+/// Marks a pong as the answer to one of our pings rather than an unsolicited one.
+const PING_TAG: &[u8; 8] = b"tunneld:";
+
+/// The writing half of the client's connection.
+#[derive(Debug)]
+pub struct ClientWriter<'a> {
+    stream: &'a TcpStream,
+    state: &'a State,
+    turn: Mutex<Turn>,
+    due: Mutex<Due>,
+    has_due: AtomicBool,
+}
+
+/// Held while a frame is written.
+#[derive(Debug, Default)]
+struct Turn {
+    /// A Close has been sent; nothing may follow it (RFC 6455 §5.5.1).
+    closed: bool,
+}
+
+/// What is to be sent as soon as it can be. A newer pong replaces an older one (RFC 6455 §5.5.3); of
+/// several Closes the first one counts.
+#[derive(Debug, Default)]
+struct Due {
+    pong: Option<Bytes>,
+    close: Option<CloseFrame>,
+}
+
+/// What became of an attempt to send what is due without waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flushed {
+    /// Nothing is due any more, or its sender has it.
+    Done,
+    /// The socket takes nothing just now.
+    Full,
+}
+
+impl<'a> ClientWriter<'a> {
+    /// The writer for `stream`.
+    pub fn new(stream: &'a TcpStream, state: &'a State) -> ClientWriter<'a> {
+        ClientWriter {
+            stream,
+            state,
+            turn: Mutex::default(),
+            due: Mutex::default(),
+            has_due: AtomicBool::new(false),
+        }
+    }
+
+    /// Sends a binary message: the payload is `buffer[HEADER_ROOM..]`, not empty and at most
+    /// [`MAX_MESSAGE`] bytes long. Waits while the client is slow.
+    ///
+    /// # Errors
+    /// When the client takes no more: its connection failed, or a Close has been sent.
+    pub fn send_message(&self, buffer: &mut [u8]) -> io::Result<()> {
+        let payload = buffer.len() - HEADER_ROOM;
+        let frame = with_header(buffer)?;
+        let turn = lock(&self.turn);
+        if turn.closed {
+            return Err(io::Error::new(
+                io::ErrorKind::BrokenPipe,
+                "a Close has been sent",
+            ));
+        }
+        let since = self.state.note_offered(payload);
+        (&mut &*self.stream).write_all(frame)?;
+        self.state.note_sent(payload, since);
+        self.end_turn(turn)
+    }
+
+    /// Sends a Close unless one has been sent. Waits while the client is slow.
+    ///
+    /// # Errors
+    /// When the client takes no more.
+    pub fn send_close(&self, code: CloseCode, reason: &str) -> io::Result<()> {
+        self.set_close(code, reason);
+        self.end_turn(lock(&self.turn))
+    }
+
+    /// Makes a Close due, unless one is.
+    pub fn set_close(&self, code: CloseCode, reason: &str) {
+        let reason = &reason[..reason.floor_char_boundary(MAX_REASON)];
+        let close = CloseFrame {
+            code,
+            reason: reason.into(),
+        };
+        self.set_due(|due| due.close = due.close.take().or(Some(close)));
+    }
+
+    /// Makes a pong due, and sends it if that needs no waiting.
+    pub fn answer_ping(&self, payload: Bytes) {
+        self.set_due(|due| due.pong = Some(payload));
+        self.flush();
+    }
+
+    /// Sends what is due, if that needs no waiting. When another thread is writing, it sends it.
+    pub fn flush(&self) -> Flushed {
+        while self.has_due.load(Ordering::SeqCst) {
+            let Some(mut turn) = self.try_turn() else {
+                return Flushed::Done;
+            };
+            if !self.is_writable() {
+                return Flushed::Full;
+            }
+            if self.send_due(&mut turn).is_err() {
+                return Flushed::Done;
+            }
+        }
+        Flushed::Done
+    }
+
+    /// Sends a ping, unless that would need waiting. `false` if it would: then bytes are on their way.
+    ///
+    /// # Errors
+    /// When the client's connection failed.
+    pub fn try_ping(&self) -> io::Result<bool> {
+        let Some(turn) = self.try_turn() else {
+            return Ok(false);
+        };
+        if turn.closed || !self.is_writable() {
+            return Ok(false);
+        }
+        let payload = [&PING_TAG[..], &self.state.offered().to_be_bytes()].concat();
+        self.write(Frame::ping(payload))?;
+        self.end_turn(turn).map(|()| true)
+    }
+
+    /// How many bytes had been offered when the ping was sent that `pong` answers; `None` if it answers
+    /// none of ours.
+    pub fn mark_of(pong: &[u8]) -> Option<u64> {
+        let mark = pong.strip_prefix(PING_TAG)?;
+        mark.try_into().ok().map(u64::from_be_bytes)
+    }
+
+    fn set_due(&self, set: impl FnOnce(&mut Due)) {
+        set(&mut lock(&self.due));
+        self.has_due.store(true, Ordering::SeqCst);
+    }
+
+    fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
+        match self.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn end_turn(&self, turn: MutexGuard<'_, Turn>) -> io::Result<()> {
+        let mut turn = Some(turn);
+        while let Some(mut held) = turn {
+            if self.has_due.load(Ordering::SeqCst) {
+                self.send_due(&mut held)?;
+            }
+            drop(held);
+            turn = if self.has_due.load(Ordering::SeqCst) {
+                self.try_turn()
+            } else {
+                None
+            };
+        }
+        Ok(())
+    }
+
+    fn send_due(&self, turn: &mut Turn) -> io::Result<()> {
+        self.has_due.store(false, Ordering::SeqCst);
+        let Due { pong, close } = std::mem::take(&mut *lock(&self.due));
+        if turn.closed {
+            return Ok(());
+        }
+        if let Some(payload) = pong {
+            self.write(Frame::pong(payload))?;
+        }
+        if let Some(close) = close {
+            turn.closed = true;
+            self.write(Frame::close(Some(close)))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, frame: Frame) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(frame.len());
+        frame.format(&mut bytes).map_err(io::Error::other)?;
+        (&mut &*self.stream).write_all(&bytes)
+    }
+
+    /// A socket counts as writable with a third of its buffer free, and a control frame is a few bytes.
+    fn is_writable(&self) -> bool {
+        let mut fds = [PollFd::new(self.stream, PollFlags::OUT)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// Puts the header right before the payload and returns the frame.
+fn with_header(buffer: &mut [u8]) -> io::Result<&[u8]> {
+    let header = FrameHeader {
+        opcode: OpCode::Data(Data::Binary),
+        ..FrameHeader::default()
+    };
+    let payload = (buffer.len() - HEADER_ROOM) as u64;
+    let start = HEADER_ROOM - header.len(payload);
+    let mut place = &mut buffer[start..HEADER_ROOM];
+    header
+        .format(payload, &mut place)
+        .map_err(io::Error::other)?;
+    Ok(&buffer[start..])
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,310 @@
+//! A tunnel: three threads between two sockets, and how it ends.
+//!
+//! ```text
+//! inbound.rs    thread 1  WebSocket ─▶ target     through frames.rs, which cuts long frames into short ones
+//! outbound.rs   thread 2  target ─▶ WebSocket     the only one that waits in a write to the client
+//! keepalive.rs  thread 3  pings, and every deadline
+//! client.rs     the client's socket as it is written to      target.rs   the target's socket
+//! state.rs      what the threads know of each other
+//! ```
+//!
+//! A direction ends alone; a tunnel, when both have. "RST" is what the target gets when its socket is
+//! closed after [`TargetSocket::break_off`]; each arrow is one value of [`InboundEnd`], [`OutboundEnd`] or
+//! [`Cut`].
+//!
+//! ```text
+//!            ┌───────────────────────────── both open ─────────────────────────────┐
+//!            │ Close from        │ EOF of         │ reset of       │ text, protocol │ client vanished,
+//!            │ the client        │ the target     │ the target     │ error          │ or given up
+//!            ▼                   ▼                ▼                ▼                ▼
+//!     FIN to the target   Close 1000 to    Close 1011 to    break off,       break off, wake
+//!     outbound goes on    the client,      the client,      Close 1003       both
+//!            │            inbound goes on  inbound drops    or 1002             │
+//!            │ EOF of the        │         what comes          │                │
+//!            │ target            │ Close from   │ Close from   │                │
+//!            ▼                   ▼ the client   ▼ the client   ▼                ▼
+//!       Close 1000        FIN to the target  ended: RST     ended: RST       ended: RST
+//!            └── ended in order ─┘
+//! ```
+//!
+//! From every state but the first, [`Times::linger`] without a byte moved leads to the end (Close 1011, RST);
+//! from every state, a shutdown does (Close 1001, RST).
+
+pub mod client;
+pub mod frames;
+pub mod inbound;
+pub mod keepalive;
+pub mod outbound;
+pub mod state;
+pub mod target;
+
+use std::fmt;
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+
+use tungstenite::protocol::frame::coding::CloseCode;
+
+use crate::config::Times;
+use client::ClientWriter;
+use keepalive::Keepalive;
+use state::{Cut, Ends, InboundEnd, OutboundEnd, State, Undelivered};
+use target::TargetSocket;
+
+/// Outbound and keepalive need few frames; a page of their stack is touched.
+const STACK: usize = 64 * 1024;
+
+/// How a tunnel ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// For the log.
+    pub reason: String,
+    /// Both directions ended in order, and every byte was delivered.
+    pub is_orderly: bool,
+    /// The client may still be reading what it was sent.
+    pub client_is_there: bool,
+}
+
+/// Relays between `client`, which has been sent a 101, and `target`, until both directions have ended; and
+/// closes the target. `early` is what the client sent behind its request head.
+pub fn run(
+    client: &TcpStream,
+    early: Vec<u8>,
+    target: TargetSocket,
+    times: Times,
+    state: &State,
+) -> Outcome {
+    let writer = ClientWriter::new(client, state);
+    let tunnel = Tunnel {
+        client,
+        target: &target,
+        writer: &writer,
+        state,
+    };
+    let keepalive = Keepalive::new(client, &target, &writer, state, times);
+    thread::scope(|scope| {
+        let outbound = named("outbound").spawn_scoped(scope, || tunnel.outbound());
+        let keepalive = named("keepalive").spawn_scoped(scope, || tunnel.keepalive(keepalive));
+        match outbound.and(keepalive) {
+            Ok(_) => tunnel.inbound(early),
+            Err(error) => tunnel.cannot_start(&error),
+        }
+    });
+    let outcome = outcome(&state.ends());
+    if !outcome.is_orderly {
+        target.break_off();
+    }
+    outcome
+}
+
+fn named(name: &str) -> thread::Builder {
+    thread::Builder::new().name(name.into()).stack_size(STACK)
+}
+
+/// What the threads of a tunnel share.
+struct Tunnel<'a> {
+    client: &'a TcpStream,
+    target: &'a TargetSocket,
+    writer: &'a ClientWriter<'a>,
+    state: &'a State,
+}
+
+impl Tunnel<'_> {
+    fn inbound(&self, early: Vec<u8>) {
+        let relay = || inbound::relay(self.client, early, self.target, self.writer, self.state);
+        let end = caught(relay).unwrap_or(InboundEnd::Panicked);
+        match &end {
+            InboundEnd::Close | InboundEnd::CloseUndelivered(_) => {}
+            InboundEnd::Refused(code, why) => {
+                self.writer.set_close(*code, why);
+                self.target.break_off();
+            }
+            InboundEnd::Vanished(_) | InboundEnd::Panicked => self.wake_all(),
+        }
+        self.state.change(|ends| ends.inbound = Some(end));
+    }
+
+    fn outbound(&self) {
+        let end =
+            caught(|| outbound::relay(self.target, self.writer)).unwrap_or(OutboundEnd::Panicked);
+        if end == OutboundEnd::Panicked {
+            self.wake_all();
+        }
+        self.state.change(|ends| ends.outbound = Some(end));
+    }
+
+    fn keepalive(&self, keepalive: Keepalive<'_>) {
+        if caught(|| keepalive.run()).is_none() {
+            self.wake_all();
+        }
+    }
+
+    /// Ends both directions at once.
+    fn wake_all(&self) {
+        self.target.break_off();
+        let _ = self.client.shutdown(Shutdown::Both);
+    }
+
+    /// The thread that did start is sent home.
+    fn cannot_start(&self, error: &io::Error) {
+        self.writer
+            .set_close(CloseCode::Again, "no thread for this tunnel, try again");
+        self.writer.flush();
+        self.target.break_off();
+        self.state.change(|ends| {
+            ends.inbound = Some(InboundEnd::Refused(
+                CloseCode::Again,
+                format!("no thread: {error}"),
+            ));
+            ends.outbound.get_or_insert(OutboundEnd::BrokenOff);
+        });
+    }
+}
+
+/// The panic itself is reported by the panic hook.
+fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(run)).ok()
+}
+
+/// How a tunnel ended, from how its directions did.
+fn outcome(ends: &Ends) -> Outcome {
+    let gone = |reason: String| Outcome {
+        reason,
+        is_orderly: false,
+        client_is_there: false,
+    };
+    let broken = |reason: String| Outcome {
+        reason,
+        is_orderly: false,
+        client_is_there: true,
+    };
+    match (&ends.inbound, &ends.outbound, ends.cut) {
+        (Some(InboundEnd::Panicked), _, _) | (_, Some(OutboundEnd::Panicked), _) => {
+            gone("internal error".into())
+        }
+        (_, _, Some(cut @ (Cut::PongTimeout | Cut::Stalled | Cut::PingFailed))) => {
+            gone(cut.to_string())
+        }
+        (Some(InboundEnd::Refused(_, why)), _, _) => {
+            broken(format!("client broke the protocol: {why}"))
+        }
+        (_, _, Some(cut)) => broken(cut.to_string()),
+        (Some(InboundEnd::Vanished(why)), _, _) => gone(format!("client vanished: {why}")),
+        (_, Some(OutboundEnd::TargetFailed(why)), _) => broken(format!("target failed: {why}")),
+        (_, Some(OutboundEnd::ClientGone(why)), _) => gone(format!("client vanished: {why}")),
+        (Some(InboundEnd::CloseUndelivered(why)), _, _) => {
+            broken(format!("upload cut short: {why}"))
+        }
+        (Some(InboundEnd::Close), Some(OutboundEnd::Eof), None) => Outcome {
+            reason: "closed in order".into(),
+            is_orderly: true,
+            client_is_there: true,
+        },
+        (Some(InboundEnd::Close) | None, _, None) => broken("broken off".into()),
+    }
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Cut::PongTimeout => "client vanished: no pong within the ping timeout",
+            Cut::Stalled => "client vanished: no sign of life within the stall timeout",
+            Cut::PingFailed => "client vanished: its connection failed",
+            Cut::Linger => "nothing moved within the linger after one direction had ended",
+            Cut::Shutdown => "the daemon is shutting down",
+        })
+    }
+}
+
+impl fmt::Display for Undelivered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Undelivered::TargetClosed => f.write_str("target closed"),
+            Undelivered::TargetFailed(why) => write!(f, "target failed: {why}"),
+            Undelivered::BrokenOff => f.write_str("broken off"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reason(inbound: InboundEnd, outbound: OutboundEnd, cut: Option<Cut>) -> (String, bool) {
+        let ends = Ends {
+            inbound: Some(inbound),
+            outbound: Some(outbound),
+            cut,
+            shutdown: false,
+        };
+        let outcome = outcome(&ends);
+        (outcome.reason, outcome.is_orderly)
+    }
+
+    #[test]
+    fn only_two_orderly_ends_make_an_orderly_tunnel() {
+        let orderly = ("closed in order".to_owned(), true);
+        assert_eq!(reason(InboundEnd::Close, OutboundEnd::Eof, None), orderly);
+        let why = || "why".to_owned();
+        for (inbound, outbound, cut, expected) in [
+            (
+                InboundEnd::Close,
+                OutboundEnd::Eof,
+                Some(Cut::Linger),
+                "nothing moved",
+            ),
+            (
+                InboundEnd::Close,
+                OutboundEnd::BrokenOff,
+                Some(Cut::Shutdown),
+                "the daemon",
+            ),
+            (
+                InboundEnd::Close,
+                OutboundEnd::TargetFailed(why()),
+                None,
+                "target failed: why",
+            ),
+            (
+                InboundEnd::Close,
+                OutboundEnd::ClientGone(why()),
+                None,
+                "client vanished: why",
+            ),
+            (
+                InboundEnd::CloseUndelivered(Undelivered::TargetClosed),
+                OutboundEnd::Eof,
+                None,
+                "upload cut short: target closed",
+            ),
+            (
+                InboundEnd::Vanished(why()),
+                OutboundEnd::BrokenOff,
+                None,
+                "client vanished: why",
+            ),
+            (
+                InboundEnd::Vanished(why()),
+                OutboundEnd::Eof,
+                Some(Cut::PongTimeout),
+                "client vanished: no pong",
+            ),
+            (
+                InboundEnd::Refused(CloseCode::Protocol, why()),
+                OutboundEnd::Eof,
+                Some(Cut::Linger),
+                "client broke the protocol: why",
+            ),
+            (
+                InboundEnd::Panicked,
+                OutboundEnd::Eof,
+                None,
+                "internal error",
+            ),
+        ] {
+            let (reason, is_orderly) = reason(inbound, outbound, cut);
+            assert!(reason.starts_with(expected) && !is_orderly, "{reason}");
+        }
+    }
+}
