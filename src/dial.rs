@@ -310,7 +310,9 @@ impl fmt::Display for DialError {
             DialError::Connect(failed) => {
                 for (index, (address, error)) in failed.iter().enumerate() {
                     let separator = if index == 0 { "" } else { ", " };
-                    write!(f, "{separator}{address}: {error}")?;
+                    let error = error.to_string();
+                    let reason = error.split(" (os error").next().unwrap_or(&error);
+                    write!(f, "{separator}{address}: {reason}")?;
                 }
                 Ok(())
             }
@@ -377,7 +379,6 @@ mod tests {
             "fe80::1%eth0",
             "256.1.1.1",
             "a\0b",
-            "-\u{ad}",
             &long_label,
             &long_name,
         ] {

@@ -15,6 +15,8 @@
 //! [`config`] holds every option. Only blocking sockets and threads are used; each wait has a limit or an
 //! owner that ends it.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod config;
 pub mod connection;
 pub mod connections;

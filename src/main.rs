@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::net::TcpListener;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use tunneld::config::{Config, NoConfig};
 use tunneld::daemon::{self, Shutdown};
@@ -49,12 +49,15 @@ fn start() -> Result<ExitCode, NoConfig> {
     })
 }
 
+/// Wrappers such as timeout(1) signal both a process and its group, which delivers one signal twice.
+const SAME_SIGNAL: Duration = Duration::from_millis(10);
+
 /// The first SIGTERM, SIGINT or SIGHUP ends the daemon in order, a second one at once.
 fn handle_signals(shutdown: &Arc<Shutdown>) -> Result<(), String> {
     let shutdown = Arc::clone(shutdown);
-    let asked = AtomicBool::new(false);
+    let mut first = None;
     let on_signal = move || {
-        if asked.swap(true, Ordering::SeqCst) {
+        if first.get_or_insert_with(Instant::now).elapsed() > SAME_SIGNAL {
             std::process::exit(1);
         }
         shutdown.request();

@@ -145,14 +145,15 @@ impl State {
         self.parked.store(true, Ordering::SeqCst);
     }
 
-    /// Inbound has given `bytes` to the target and listens again.
-    pub fn unpark(&self, bytes: usize) {
-        let now = self.now();
-        if bytes > 0 {
-            self.up.fetch_add(bytes as u64, Ordering::Relaxed);
-            self.moved.store(now, Ordering::Relaxed);
-        }
-        self.heard.store(now, Ordering::Relaxed);
+    /// Inbound has given `bytes` to the target.
+    pub fn note_delivered(&self, bytes: usize) {
+        self.up.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.moved.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// Inbound listens to the client again; until now it could hear nothing.
+    pub fn unpark(&self) {
+        self.note_heard();
         self.parked.store(false, Ordering::SeqCst);
     }
 

@@ -2,9 +2,8 @@
 
 use std::io::{self, Read};
 use std::net::{Shutdown, TcpStream};
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,10 +14,12 @@ use rustix::net::{SendFlags, send, sockopt};
 
 use super::state::{State, Undelivered};
 
-/// The connected target. Closing it, by dropping it, is the last thing a tunnel does to it.
+/// The connected target. It is closed when this is dropped, or broken off and no call uses it any more.
 #[derive(Debug)]
 pub struct TargetSocket {
-    stream: TcpStream,
+    /// Taken out by [`TargetSocket::break_off`]. A thread holds its own reference only during a call, so that
+    /// the target gets its RST at once, however long the client takes for its side of the end.
+    stream: Mutex<Option<Arc<TcpStream>>>,
     broken_off: AtomicBool,
     /// Wakes a thread that waits for room to write. `shutdown` can't: on the write side it would send a FIN,
     /// and after the target's EOF the read side is shut down already.
@@ -49,7 +50,7 @@ impl TargetSocket {
     pub fn new(stream: TcpStream) -> io::Result<TargetSocket> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(TargetSocket {
-            stream,
+            stream: Mutex::new(Some(Arc::new(stream))),
             broken_off: AtomicBool::new(false),
             wake,
             delivering: AtomicBool::new(false),
@@ -61,68 +62,75 @@ impl TargetSocket {
     ///
     /// # Errors
     /// Why not all of them could be given.
-    pub fn deliver(&self, mut bytes: &[u8], state: &State) -> Result<(), Undelivered> {
+    pub fn deliver(&self, bytes: &[u8], state: &State) -> Result<(), Undelivered> {
+        let Some(stream) = self.stream() else {
+            return Err(Undelivered::BrokenOff);
+        };
         state.park();
         self.delivering.store(true, Ordering::SeqCst);
-        let mut result = Ok(());
-        while !bytes.is_empty() && result.is_ok() {
-            result = match send(
-                &self.stream,
-                bytes,
-                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-            ) {
-                _ if self.is_broken_off() => Err(Undelivered::BrokenOff),
-                Ok(count) => {
-                    state.unpark(count);
-                    state.park();
-                    bytes = &bytes[count..];
-                    Ok(())
-                }
-                Err(Errno::AGAIN | Errno::NOBUFS) => self.wait_for_room(),
-                Err(Errno::INTR) => Ok(()),
-                // After the target's FIN a reset is EPIPE, without one it is ECONNRESET.
-                Err(Errno::PIPE) => Err(Undelivered::TargetClosed),
-                Err(error) => Err(Undelivered::TargetFailed(
-                    io::Error::from(error).to_string(),
-                )),
-            };
-        }
+        let result = self.send_all(&stream, bytes, state);
         if let Err(why) = &result {
-            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.clone());
+            *lock(&self.failure) = Some(why.clone());
         }
         self.delivering.store(false, Ordering::SeqCst);
-        state.unpark(0);
+        state.unpark();
         result
     }
 
-    fn wait_for_room(&self) -> Result<(), Undelivered> {
+    fn send_all(
+        &self,
+        stream: &TcpStream,
+        mut bytes: &[u8],
+        state: &State,
+    ) -> Result<(), Undelivered> {
+        while !bytes.is_empty() {
+            match send(stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                _ if self.is_broken_off() => return Err(Undelivered::BrokenOff),
+                Ok(count) => {
+                    state.note_delivered(count);
+                    bytes = &bytes[count..];
+                }
+                Err(Errno::AGAIN | Errno::NOBUFS) => self.wait_for_room(stream)?,
+                Err(Errno::INTR) => {}
+                // After the target's FIN a reset is EPIPE, without one it is ECONNRESET (tcp_reset in Linux).
+                Err(Errno::PIPE) => return Err(Undelivered::TargetClosed),
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_for_room(&self, stream: &TcpStream) -> Result<(), Undelivered> {
         let mut fds = [
-            PollFd::new(&self.stream, PollFlags::OUT),
+            PollFd::new(stream, PollFlags::OUT),
             PollFd::new(&self.wake, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Ok(_) if !fds[1].revents().is_empty() => Err(Undelivered::BrokenOff),
             Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(error) => Err(Undelivered::TargetFailed(
-                io::Error::from(error).to_string(),
-            )),
+            Err(error) => Err(failed(error)),
         }
     }
 
     /// Sends the FIN of an orderly end.
     pub fn finish(&self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
+        if let Some(stream) = self.stream() {
+            let _ = stream.shutdown(Shutdown::Write);
+        }
     }
 
     /// Waits for bytes from the target.
     pub fn receive(&self, buffer: &mut [u8]) -> Received {
+        let Some(stream) = self.stream() else {
+            return Received::BrokenOff;
+        };
         loop {
-            let read = (&self.stream).read(buffer);
+            let read = (&*stream).read(buffer);
             if self.is_broken_off() {
                 return Received::BrokenOff;
             }
             return match read {
-                Ok(0) => self.judge_eof(),
+                Ok(0) => self.judge_eof(&stream),
                 Ok(count) => Received::Bytes(count),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => Received::Failed(error.to_string()),
@@ -132,8 +140,8 @@ impl TargetSocket {
 
     /// A reset is reported once. When inbound's write took the report, the read behind it looks like an
     /// orderly EOF; the connection, dead in both directions, gives it away.
-    fn judge_eof(&self) -> Received {
-        if !self.is_dead() {
+    fn judge_eof(&self, stream: &TcpStream) -> Received {
+        if !is_dead(stream) {
             return Received::Eof;
         }
         // A call on a dead socket returns at once; the limit is for a machine that stands still.
@@ -141,30 +149,44 @@ impl TargetSocket {
         while self.delivering.load(Ordering::SeqCst) && Instant::now() < limit {
             thread::yield_now();
         }
-        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*lock(&self.failure) {
             Some(Undelivered::TargetFailed(why)) => Received::Failed(why.clone()),
             _ => Received::Eof,
         }
     }
 
-    /// Both directions are over. After our own FIN that is so in an orderly end too, but then inbound
-    /// writes no more and can't have taken an error.
-    fn is_dead(&self) -> bool {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
-        let ready = poll(&mut fds, Some(&Timespec::default()));
-        ready.is_ok() && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
-    }
-
-    /// Makes the end a broken one: the target gets a RST when the socket is closed, and no FIN before it.
-    /// Wakes the threads that wait for the target.
+    /// Makes the end a broken one: the target gets a RST and no FIN before it. Wakes the threads that wait
+    /// for the target; the last of them to leave its call closes the socket.
     pub fn break_off(&self) {
         self.broken_off.store(true, Ordering::SeqCst);
-        let _ = sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO));
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-        let _ = self.stream.shutdown(Shutdown::Read);
+        if let Some(stream) = lock(&self.stream).take() {
+            let _ = sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+            let _ = stream.shutdown(Shutdown::Read);
+        }
+    }
+
+    fn stream(&self) -> Option<Arc<TcpStream>> {
+        lock(&self.stream).clone()
     }
 
     fn is_broken_off(&self) -> bool {
         self.broken_off.load(Ordering::SeqCst)
     }
+}
+
+/// Both directions are over. After our own FIN that is so in an orderly end too, but then inbound writes no
+/// more and can't have taken an error.
+fn is_dead(stream: &TcpStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
+    let ready = poll(&mut fds, Some(&Timespec::default()));
+    ready.is_ok() && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+}
+
+fn failed(error: Errno) -> Undelivered {
+    Undelivered::TargetFailed(io::Error::from(error).to_string())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

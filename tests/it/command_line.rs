@@ -1,0 +1,180 @@
+//! Options, exit codes, and the log lines of a tunnel.
+
+use std::fs;
+use std::process::Command;
+
+use crate::support::*;
+
+fn wrong(options: &[&str]) -> String {
+    let (code, stderr) = fails_to_start(Daemon::command(options));
+    assert_eq!(code, 2, "{options:?}: {stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{options:?}: {stderr}");
+    stderr
+}
+
+#[test]
+fn a_wrong_option_is_one_line_and_exit_code_2() {
+    for (options, part) in [
+        (&["--nonsense"][..], "--nonsense"),
+        (&["--listen", "nowhere"], "nowhere"),
+        (&["--ping-interval", "soon"], "soon"),
+        (&["--ping-interval", "0s"], "at least 1ms"),
+        (&["--linger", "500days"], "at most"),
+        (&["--max-connections", "0"], "at least 1"),
+        (&["--max-connections", "many"], "many"),
+        (&["--allow-origin", "app.example"], "app.example"),
+        (&["extra"], "extra"),
+    ] {
+        let line = wrong(options);
+        assert!(line.contains(part), "{line}");
+    }
+}
+
+#[test]
+fn a_wrong_environment_is_one_line_and_exit_code_2() {
+    let mut command = Daemon::command(&[]);
+    command.env("TUNNELD_STALL_TIMEOUT", "never");
+    let (code, stderr) = fails_to_start(command);
+    assert_eq!((code, stderr.lines().count()), (2, 1), "{stderr}");
+    assert!(stderr.contains("never"), "{stderr}");
+}
+
+#[test]
+fn a_port_in_use_is_one_line_and_exit_code_2() {
+    let target = Target::listen();
+    let line = wrong(&["--listen", &format!("127.0.0.1:{}", target.port)]);
+    assert!(
+        line.contains("in use") && line.contains(&target.port.to_string()),
+        "{line}"
+    );
+}
+
+#[test]
+fn it_does_not_listen_to_the_world_without_a_token() {
+    let line = wrong(&["--listen", "0.0.0.0:0"]);
+    assert!(
+        line.contains("TUNNELD_ACCESS_TOKEN") && line.contains("--no-auth"),
+        "{line}"
+    );
+    Daemon::start(&["--listen", "[::1]:0"]);
+    let open = Daemon::start(&["--listen", "127.0.0.2:0", "--no-auth"]);
+    open.logged(1, &["WARN", "no access token"]);
+    let closed = Daemon::start_closed(&[]);
+    assert!(!closed.log().contains("WARN"), "{}", closed.log());
+}
+
+#[test]
+fn a_token_and_no_auth_contradict_each_other() {
+    let mut command = Daemon::command(&["--no-auth"]);
+    command.env("TUNNELD_ACCESS_TOKEN", TOKEN);
+    let (code, stderr) = fails_to_start(command);
+    assert_eq!(code, 2);
+    assert!(
+        stderr.contains("--no-auth") && !stderr.contains(TOKEN),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn an_empty_token_is_no_token_and_not_an_open_daemon() {
+    let mut command = Daemon::command(&[]);
+    command.env("TUNNELD_ACCESS_TOKEN", "");
+    let (code, stderr) = fails_to_start(command);
+    assert_eq!(code, 2);
+    assert!(stderr.contains("TUNNELD_ACCESS_TOKEN is empty"), "{stderr}");
+}
+
+#[test]
+fn the_token_can_stand_in_a_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&file, format!("{TOKEN}\n")).unwrap();
+    let path = file.path().to_str().unwrap();
+    let daemon = Daemon::start(&["--access-token-file", path]);
+    let target = Target::echo();
+    let url = format!("/tunnel?port={}", target.port);
+    assert_eq!(daemon.get_upgrade(&url, &[]).status, 401);
+    Client::open_with(&daemon, &url, &[&format!("X-Access-Token: {TOKEN}")]);
+    let line = wrong(&["--access-token-file", "/nonexistent/token"]);
+    assert!(line.contains("/nonexistent/token"), "{line}");
+}
+
+#[test]
+fn every_option_has_a_variable() {
+    let help = String::from_utf8(Daemon::command(&["--help"]).output().unwrap().stdout).unwrap();
+    for option in [
+        "listen",
+        "access-token-file",
+        "no-auth",
+        "allow-origin",
+        "max-connections",
+        "head-timeout",
+        "dial-timeout",
+        "ping-interval",
+        "ping-timeout",
+        "stall-timeout",
+        "linger",
+        "shutdown-grace",
+    ] {
+        let variable = format!("TUNNELD_{}", option.replace('-', "_").to_uppercase());
+        assert!(
+            help.contains(&format!("--{option}")) && help.contains(&variable),
+            "{option} in {help}"
+        );
+    }
+    let mut command = Daemon::command(&["--listen", "127.0.0.1:0"]);
+    command.env("TUNNELD_MAX_CONNECTIONS", "1").env(
+        "TUNNELD_ALLOW_ORIGIN",
+        "https://a.example,https://b.example",
+    );
+    let daemon = Daemon::spawn(command);
+    let target = Target::echo();
+    Client::open_with(
+        &daemon,
+        &format!("/tunnel?port={}", target.port),
+        &["Origin: https://b.example"],
+    );
+}
+
+#[test]
+fn help_and_version_go_to_stdout() {
+    for option in ["--help", "-h", "--version"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_tunneld"))
+            .arg(option)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{option}"
+        );
+        assert!(
+            String::from_utf8(output.stdout).unwrap().contains("tunnel"),
+            "{option}"
+        );
+    }
+}
+
+#[test]
+fn a_tunnel_is_logged_at_its_start_and_once_at_its_end() {
+    let daemon = Daemon::start_closed(&[]);
+    let target = Target::echo();
+    let token = format!("X-Access-Token: {TOKEN}");
+    let mut client =
+        Client::open_with(&daemon, &format!("/tunnel?port={}", target.port), &[&token]);
+    let peer = format!("peer={}", client.stream.local_addr().unwrap());
+    let name = format!("target=localhost:{}", target.port);
+    daemon.logged(1, &["tunnel opened:", "id=0", &peer, &name]);
+    client.send(b"12345");
+    client.send_close(1000);
+    assert_eq!(client.see_all(), (b"12345".to_vec(), CLOSE_1000));
+    let line = daemon.logged(
+        1,
+        &["tunnel closed:", "id=0", &peer, &name, "up=5", "down=5"],
+    );
+    assert!(
+        line.contains("duration=0.") && line.contains("reason=\"closed in order\""),
+        "{line}"
+    );
+    drop(client);
+    assert_eq!(daemon.log().matches("tunnel closed:").count(), 1);
+    assert!(!daemon.log().contains(TOKEN));
+}

@@ -1,0 +1,12 @@
+//! The contract, held up to the real daemon: a module for each chapter of the README's reference.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod answers;
+mod command_line;
+mod ends;
+mod gate;
+mod keepalive;
+mod openapi;
+mod relay;
+mod shutdown;
+mod support;

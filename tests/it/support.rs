@@ -1,0 +1,579 @@
+//! The words the tests are written in: a real daemon on a free port, real targets, and a WebSocket client
+//! that does exactly what it is told, right or wrong.
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The limit of every wait in the tests. Generous: it is only reached when something is wrong.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+pub const TOKEN: &str = "s3cret-t0ken";
+
+/// Waits until `condition` gives a value.
+pub fn within<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A running daemon. It is killed when dropped.
+pub struct Daemon {
+    child: Child,
+    pub address: SocketAddr,
+    log: Arc<Mutex<String>>,
+}
+
+impl Daemon {
+    /// An open daemon with these options.
+    pub fn start(options: &[&str]) -> Daemon {
+        Daemon::spawn(Daemon::command(options))
+    }
+
+    /// A daemon that wants [`TOKEN`].
+    pub fn start_closed(options: &[&str]) -> Daemon {
+        let mut command = Daemon::command(options);
+        command.env("TUNNELD_ACCESS_TOKEN", TOKEN);
+        Daemon::spawn(command)
+    }
+
+    pub fn command(options: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tunneld"));
+        let inherited =
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TUNNELD_"));
+        for (name, _) in inherited {
+            command.env_remove(name);
+        }
+        command.env_remove("RUST_LOG").args(options);
+        if !options.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        command
+    }
+
+    pub fn spawn(mut command: Command) -> Daemon {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (stderr, copy) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                writeln!(copy.lock().unwrap(), "{line}").unwrap();
+            }
+        });
+        let address = within(LIMIT, "the daemon listens", || {
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("the daemon ended with {status}: {}", log.lock().unwrap());
+            }
+            let log = log.lock().unwrap();
+            let line = log
+                .lines()
+                .find_map(|line| line.split_once("listening on "))?;
+            line.1.parse().ok()
+        });
+        Daemon {
+            child,
+            address,
+            log,
+        }
+    }
+
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits for `count` log lines with all of `parts`, and returns the last of them.
+    pub fn logged(&self, count: usize, parts: &[&str]) -> String {
+        within(
+            LIMIT,
+            &format!("{count} log lines with {parts:?} in {}", self.log()),
+            || {
+                let log = self.log();
+                let lines = log
+                    .lines()
+                    .filter(|line| parts.iter().all(|part| line.contains(part)));
+                let lines: Vec<_> = lines.collect();
+                (lines.len() >= count).then(|| lines[lines.len() - 1].to_owned())
+            },
+        )
+    }
+
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.set_write_timeout(Some(LIMIT)).unwrap();
+        stream
+    }
+
+    /// Sends `head` as it is and reads the answer until EOF.
+    pub fn ask(&self, head: impl AsRef<[u8]>) -> Answer {
+        let mut stream = self.connect();
+        stream.write_all(head.as_ref()).unwrap();
+        Answer::read(&mut stream)
+    }
+
+    /// A GET with these header lines.
+    pub fn get(&self, target: &str, headers: &[&str]) -> Answer {
+        self.ask(request("GET", target, headers))
+    }
+
+    /// A GET that asks for an upgrade.
+    pub fn get_upgrade(&self, target: &str, headers: &[&str]) -> Answer {
+        self.get(target, &[&UPGRADE, headers].concat())
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    pub fn exit(&mut self) -> ExitStatus {
+        let child = &mut self.child;
+        within(LIMIT, "the daemon ends", || child.try_wait().unwrap())
+    }
+
+    /// The number of open descriptors.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+            .unwrap()
+            .count()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let status = self.child.wait();
+        if thread::panicking() {
+            eprintln!("--- the daemon's log ({status:?})\n{}", self.log());
+        }
+    }
+}
+
+/// Runs a daemon that is expected not to start: its exit code and what it printed to stderr.
+pub fn fails_to_start(mut command: Command) -> (i32, String) {
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    let output = child.wait_with_output().unwrap();
+    let code = output
+        .status
+        .code()
+        .unwrap_or_else(|| -output.status.signal().unwrap_or(0));
+    (code, String::from_utf8(output.stderr).unwrap())
+}
+
+/// The headers of an upgrade, with the sample key of RFC 6455 §1.3.
+pub const UPGRADE: [&str; 4] = [
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+];
+
+pub fn request(method: &str, target: &str, headers: &[&str]) -> String {
+    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
+    for header in headers {
+        write!(head, "{header}\r\n").unwrap();
+    }
+    head + "\r\n"
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: String,
+}
+
+impl Answer {
+    /// Reads until EOF. An answer that is cut off by a reset fails the test.
+    pub fn read(stream: &mut TcpStream) -> Answer {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, body) = text
+            .split_once("\r\n\r\n")
+            .unwrap_or_else(|| panic!("no answer: {text:?}"));
+        Answer {
+            body: body.to_owned(),
+            ..Answer::parse(head)
+        }
+    }
+
+    fn parse(head: &str) -> Answer {
+        let (line, headers) = head.split_once("\r\n").unwrap();
+        let status = line.split(' ').nth(1).unwrap().parse().unwrap();
+        let headers = headers
+            .split("\r\n")
+            .map(|line| line.split_once(": ").unwrap());
+        let headers = headers.map(|(name, value)| (name.to_lowercase(), value.to_owned()));
+        Answer {
+            status,
+            headers: headers.collect(),
+            body: String::new(),
+        }
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut named = self.headers.iter().filter(|(header, _)| header == name);
+        let value = named.next().map(|(_, value)| value.as_str());
+        assert_eq!(named.next(), None, "{name} is repeated");
+        value
+    }
+
+    /// The message of a refusal, whose form is checked.
+    pub fn message(&self) -> String {
+        assert_eq!(
+            self.header("content-type"),
+            Some("application/json; charset=utf-8")
+        );
+        assert_eq!(self.header("x-content-type-options"), Some("nosniff"));
+        assert_eq!(
+            self.header("content-length"),
+            Some(self.body.len().to_string().as_str())
+        );
+        assert!(self.header("connection").unwrap().starts_with("close"));
+        let body: serde_json::Value = serde_json::from_str(&self.body).unwrap();
+        assert_eq!(body["code"], self.status);
+        assert_eq!(body.as_object().unwrap().len(), 2);
+        body["message"].as_str().unwrap().to_owned()
+    }
+}
+
+/// A frame or an end, as the client saw it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Seen {
+    Binary(Vec<u8>),
+    Ping(Vec<u8>),
+    Pong(Vec<u8>),
+    Close(Option<u16>, String),
+    /// The TCP connection's orderly end.
+    Eof,
+    /// The TCP connection was reset.
+    Reset,
+}
+
+/// A WebSocket client after the upgrade.
+pub struct Client {
+    pub stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    /// A tunnel to `port` on localhost through an open daemon.
+    pub fn open(daemon: &Daemon, port: u16) -> Client {
+        Client::open_with(daemon, &format!("/tunnel?port={port}"), &[])
+    }
+
+    pub fn open_with(daemon: &Daemon, target: &str, headers: &[&str]) -> Client {
+        let head = request("GET", target, &[&UPGRADE, headers].concat());
+        Client::upgrade(daemon.connect(), head.as_bytes())
+    }
+
+    /// Sends `head`, and whatever is behind it, on `stream` and expects a 101.
+    pub fn upgrade(mut stream: TcpStream, head: &[u8]) -> Client {
+        stream.write_all(head).unwrap();
+        Client::expect_101(stream)
+    }
+
+    pub fn expect_101(mut stream: TcpStream) -> Client {
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            assert_eq!(
+                stream.read(&mut byte).unwrap(),
+                1,
+                "{}",
+                String::from_utf8_lossy(&answer)
+            );
+            answer.push(byte[0]);
+        }
+        let text = String::from_utf8(answer).unwrap();
+        let answer = Answer::parse(text.trim_end());
+        assert_eq!(answer.status, 101, "{text}");
+        assert_eq!(answer.header("upgrade"), Some("websocket"));
+        assert_eq!(
+            answer
+                .header("connection")
+                .map(str::to_lowercase)
+                .as_deref(),
+            Some("upgrade")
+        );
+        assert_eq!(
+            answer.header("sec-websocket-accept"),
+            Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        );
+        assert_eq!(answer.header("sec-websocket-protocol"), None);
+        Client {
+            stream,
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Another handle, to send or receive on another thread. What was received but not seen stays here.
+    pub fn clone_writer(&self) -> Client {
+        Client {
+            stream: self.stream.try_clone().unwrap(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Sends a binary message of one frame.
+    pub fn send(&mut self, payload: &[u8]) {
+        self.stream.write_all(&frame(0x82, payload)).unwrap();
+    }
+
+    pub fn send_frame(&mut self, first: u8, payload: &[u8]) {
+        self.stream.write_all(&frame(first, payload)).unwrap();
+    }
+
+    pub fn send_raw(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    pub fn send_close(&mut self, code: u16) {
+        self.send_frame(0x88, &code.to_be_bytes());
+    }
+
+    /// The next frame or the end. Checks what holds for every frame of the daemon's.
+    pub fn see(&mut self) -> Seen {
+        let header = match self.take(2) {
+            Ok(header) => header,
+            Err(end) => return end,
+        };
+        assert_eq!(header[0] & 0x70, 0, "reserved bits");
+        assert_eq!(header[0] & 0x80, 0x80, "a fragment");
+        assert_eq!(header[1] & 0x80, 0, "a masked frame");
+        let length = match header[1] {
+            126 => u16::from_be_bytes(self.take(2).unwrap().try_into().unwrap()) as usize,
+            127 => u64::from_be_bytes(self.take(8).unwrap().try_into().unwrap()) as usize,
+            short => short as usize,
+        };
+        assert!(length <= 32 * 1024, "a message of {length} bytes");
+        let payload = match self.take(length) {
+            Ok(payload) => payload,
+            Err(end) => return end,
+        };
+        match header[0] & 0x0f {
+            2 => {
+                assert!(
+                    length > 0,
+                    "an empty message, which websocat 1 takes for EOF"
+                );
+                Seen::Binary(payload)
+            }
+            8 if length == 0 => Seen::Close(None, String::new()),
+            8 => {
+                let code = u16::from_be_bytes([payload[0], payload[1]]);
+                assert!(![1005, 1006, 1015].contains(&code));
+                Seen::Close(
+                    Some(code),
+                    String::from_utf8(payload[2..].to_vec()).unwrap(),
+                )
+            }
+            9 => Seen::Ping(payload),
+            10 => Seen::Pong(payload),
+            opcode => panic!("opcode {opcode}"),
+        }
+    }
+
+    /// Every byte up to the next frame that is no data, leaving out pings, and that frame or end.
+    pub fn see_all(&mut self) -> (Vec<u8>, Seen) {
+        let mut bytes = Vec::new();
+        loop {
+            match self.see() {
+                Seen::Binary(payload) => bytes.extend(payload),
+                Seen::Ping(payload) => {
+                    let _ = self.stream.write_all(&frame(0x8a, &payload));
+                }
+                other => return (bytes, other),
+            }
+        }
+    }
+
+    /// The next `count` bytes, leaving out pings.
+    pub fn see_all_of(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < count {
+            match self.see() {
+                Seen::Binary(payload) => bytes.extend(payload),
+                Seen::Ping(payload) => self.send_frame(0x8a, &payload),
+                other => panic!("{other:?} after {} bytes", bytes.len()),
+            }
+        }
+        bytes
+    }
+
+    /// Answers a Close and sees the connection closed.
+    pub fn finish(&mut self) {
+        self.send_close(1000);
+        assert_eq!(self.see(), Seen::Eof);
+    }
+
+    fn take(&mut self, count: usize) -> Result<Vec<u8>, Seen> {
+        while self.buffer.len() < count {
+            let mut more = [0; 64 * 1024];
+            match self.stream.read(&mut more) {
+                Ok(0) => return Err(Seen::Eof),
+                Ok(read) => self.buffer.extend(&more[..read]),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                    return Err(Seen::Reset);
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        Ok(self.buffer.drain(..count).collect())
+    }
+}
+
+pub const CLOSE_1000: Seen = Seen::Close(Some(1000), String::new());
+
+/// A masked frame with `first` as its first byte.
+pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mask = [0x9b, 0x1f, 0x00, 0xe6];
+    let mut frame = vec![first];
+    match payload.len() {
+        n @ 0..=125 => frame.push(0x80 | n as u8),
+        n @ 126..=65535 => {
+            frame.push(0xfe);
+            frame.extend((n as u16).to_be_bytes());
+        }
+        n => {
+            frame.push(0xff);
+            frame.extend((n as u64).to_be_bytes());
+        }
+    }
+    frame.extend(mask);
+    frame.extend(
+        payload
+            .iter()
+            .zip(mask.iter().cycle())
+            .map(|(byte, mask)| byte ^ mask),
+    );
+    frame
+}
+
+/// A listening target.
+pub struct Target {
+    listener: TcpListener,
+    pub port: u16,
+}
+
+impl Target {
+    pub fn listen() -> Target {
+        Target::listen_on("127.0.0.1:0")
+    }
+
+    pub fn listen_on(address: &str) -> Target {
+        let listener = TcpListener::bind(address).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        Target { listener, port }
+    }
+
+    /// The next connection.
+    pub fn accept(&self) -> TcpStream {
+        self.listener.set_nonblocking(true).unwrap();
+        let stream = within(LIMIT, "the target is dialed", || self.try_accept());
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.set_write_timeout(Some(LIMIT)).unwrap();
+        stream
+    }
+
+    /// Whether it has been dialed.
+    pub fn was_dialed(&self) -> bool {
+        self.listener.set_nonblocking(true).unwrap();
+        self.try_accept().is_some()
+    }
+
+    fn try_accept(&self) -> Option<TcpStream> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Some(stream),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// A target that sends every connection's bytes back, and its end behind them.
+    pub fn echo() -> Target {
+        let target = Target::listen();
+        let listener = target.listener.try_clone().unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                thread::spawn(move || {
+                    let _ = std::io::copy(&mut &stream, &mut &stream);
+                    let _ = stream.shutdown(Shutdown::Write);
+                });
+            }
+        });
+        target
+    }
+}
+
+/// A port on which nothing listens.
+pub fn closed_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+/// Reads a target's connection to its end: the bytes, and whether the end was orderly.
+pub fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, bool) {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Ok(_) => (bytes, true),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => (bytes, false),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Bytes and numbers that look random and are the same each time (xorshift64*).
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn number(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.number() % limit as u64) as usize
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..count.div_ceil(8))
+            .flat_map(|_| self.number().to_le_bytes())
+            .collect();
+        bytes.truncate(count);
+        bytes
+    }
+}
