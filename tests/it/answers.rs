@@ -1,7 +1,9 @@
 //! The table of answers, row by row, and the order of its rows.
 
+use std::fs;
 use std::io::Write;
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -572,6 +574,58 @@ fn a_target_that_never_answers_is_502_after_the_dial_timeout() {
         "{message}"
     );
     assert!(start.elapsed() >= Duration::from_millis(300));
+}
+
+/// A daemon in a mount namespace of its own, whose only name server takes queries and never answers.
+/// `None` where that can't be made.
+fn daemon_with_a_hanging_resolver(server: &UdpSocket) -> Option<Daemon> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(
+        &file,
+        format!("nameserver {}\n", server.local_addr().unwrap().ip()),
+    )
+    .unwrap();
+    let path = file.path().to_str().unwrap();
+    let mount = format!("mount --bind {path} /etc/resolv.conf");
+    let can = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &mount])
+        .output();
+    if !can.is_ok_and(|output| output.status.success()) {
+        return None;
+    }
+    let inner = Daemon::command(&["--dial-timeout", "300ms"]);
+    let mut command = Command::new("unshare");
+    command.args([
+        "--mount",
+        "sh",
+        "-c",
+        &format!("{mount} && exec \"$0\" \"$@\""),
+    ]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    Some(Daemon::spawn(command))
+}
+
+#[test]
+fn a_resolver_that_hangs_is_502_after_the_dial_timeout() {
+    let server = UdpSocket::bind("127.53.53.53:53");
+    let daemon = server
+        .as_ref()
+        .ok()
+        .and_then(daemon_with_a_hanging_resolver);
+    let Some(daemon) = daemon else {
+        println!("skipped: needs root, port 53 on loopback and mount namespaces");
+        return;
+    };
+    let start = Instant::now();
+    let answer = daemon.get_upgrade("/tunnel?port=80&host=hangs.example", &[]);
+    assert_eq!(answer.status, 502);
+    let message = answer.message();
+    assert!(
+        message.contains("hangs.example:80") && message.contains("resolving"),
+        "{message}"
+    );
+    assert!(start.elapsed() >= Duration::from_millis(300));
+    assert_eq!(daemon.get("/health", &[]).status, 204);
 }
 
 // Row 10

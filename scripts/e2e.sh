@@ -1,0 +1,266 @@
+#!/usr/bin/env bash
+# The integration run: real clients reach real services through a tunnel, on loopback and free ports.
+#
+#   scripts/e2e.sh            builds tunneld, installs what is missing, runs every case
+#
+# Prints a line a case and "N passed, N failed" last; exits with 1 if one failed. What it starts, it stops.
+# As root it installs missing Debian packages; websocat comes from cargo, into target/tools.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+tools=$root/target/tools
+work=$(mktemp -d)
+passed=0
+failed=0
+pids=()
+
+stop() {
+    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null; done
+    sleep 0.2
+    for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null; done
+    rm -rf "$work"
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+
+# --- what is needed -----------------------------------------------------------------------------------
+
+need() { # need COMMAND PACKAGE...: installs the packages if the command is missing
+    local command=$1
+    shift
+    PATH=$PATH:/usr/sbin command -v "$command" >/dev/null && return
+    echo "installing $* ..." >&2
+    [ "${apt_updated:-}" ] || timeout 300 apt-get update -qq >&2
+    apt_updated=1
+    DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -qq -y --no-install-recommends "$@" >&2 ||
+        { echo "cannot install $*: install it by hand" >&2; exit 1; }
+}
+
+need curl curl
+need python3 python3
+need redis-server redis-server
+need redis-benchmark redis-tools
+need sshd openssh-server
+need ssh openssh-client
+if ! [ -x "$tools/bin/websocat" ]; then
+    echo "installing websocat ..." >&2
+    timeout 1500 cargo install --quiet --locked --root "$tools" websocat --version 1.14.1 >&2 ||
+        { echo "cannot install websocat" >&2; exit 1; }
+fi
+PATH=$tools/bin:$PATH:/usr/sbin
+timeout 1500 cargo build --quiet --release --locked || exit 1
+
+# --- words --------------------------------------------------------------------------------------------
+
+free_port() {
+    python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+start() { # start NAME COMMAND...: in the background, its output in $work/NAME.log, stopped at the end
+    local name=$1
+    shift
+    timeout 600 "$@" >"$work/$name.log" 2>&1 </dev/null &
+    pids+=($!)
+}
+
+wait_for() { # wait_for WHAT COMMAND...: until the command succeeds
+    local what=$1
+    shift
+    for _ in $(seq 200); do
+        "$@" >/dev/null 2>&1 && return
+        sleep 0.05
+    done
+    echo "not in 10 s: $what" >&2
+    return 1
+}
+
+listens() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+check() { # check NAME FUNCTION: one case
+    local start=$SECONDS
+    if "$2" >"$work/case.log" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $1 ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $1"
+        sed 's/^/        /' "$work/case.log"
+        tail -n 5 "$work/tunneld.log" | sed 's/^/        tunneld: /'
+    fi
+}
+
+expect() { # expect FILE TEXT
+    grep -qF -- "$2" "$1" || { echo "expected '$2' in:"; cat "$1"; return 1; }
+}
+
+same_sum() { [ "$(sha256sum <"$1")" = "$(sha256sum <"$2")" ] || { echo "$1 and $2 differ"; return 1; }; }
+
+# --- the daemon and the services ----------------------------------------------------------------------
+
+token=e2e-$RANDOM$RANDOM$RANDOM
+TUNNELD_ACCESS_TOKEN=$token start tunneld target/release/tunneld --listen 127.0.0.1:0
+daemon_pid=${pids[-1]}
+wait_for "tunneld listens" grep -q 'listening on' "$work/tunneld.log" || { cat "$work/tunneld.log"; exit 1; }
+port=$(sed -n 's/.*listening on 127\.0\.0\.1:\([0-9]*\).*/\1/p' "$work/tunneld.log")
+url="ws://127.0.0.1:$port/tunnel"
+header="X-Access-Token: $token"
+
+local_listener() { # local_listener TARGET_PORT: a local port that leads through a tunnel; sets $local_port
+    local_port=$(free_port)
+    start "websocat-$local_port" websocat --binary -H="$header" "tcp-l:127.0.0.1:$local_port" "$url?port=$1"
+    wait_for "websocat listens" listens "$local_port"
+}
+
+# --- cases --------------------------------------------------------------------------------------------
+
+http_file() {
+    mkdir -p "$work/www" && head -c 200M /dev/urandom >"$work/www/file" || return
+    local served
+    served=$(free_port)
+    start http python3 -m http.server --bind 127.0.0.1 --directory "$work/www" "$served"
+    wait_for "the HTTP server listens" listens "$served" || return
+    local_listener "$served" || return
+    timeout 120 curl -sS --fail -o "$work/fetched" "http://127.0.0.1:$local_port/file" || return
+    same_sum "$work/www/file" "$work/fetched"
+}
+
+start_redis() {
+    redis_port=$(free_port)
+    start redis redis-server --bind 127.0.0.1 --port "$redis_port" --save '' --appendonly no --dir "$work"
+    wait_for "redis listens" listens "$redis_port" && local_listener "$redis_port"
+}
+
+redis_commands() {
+    start_redis || return
+    timeout 20 redis-cli -p "$local_port" set greeting hello >"$work/out" && expect "$work/out" OK || return
+    timeout 20 redis-cli -p "$local_port" get greeting >"$work/out" && expect "$work/out" hello || return
+    head -c 5M /dev/urandom | base64 -w0 >"$work/value"
+    timeout 20 redis-cli -p "$local_port" -x set big <"$work/value" >"$work/out" && expect "$work/out" OK || return
+    timeout 20 redis-cli -p "$local_port" --raw get big | tr -d '\n' >"$work/out" && same_sum "$work/value" "$work/out"
+}
+
+redis_bench() {
+    timeout 120 redis-benchmark -p "$local_port" -c 50 -n 20000 -P 8 -t set,get -q >"$work/out" || return
+    tr '\r' '\n' <"$work/out" | grep 'requests per second' >"$work/rates"
+    cat "$work/out"
+    [ "$(grep -c 'p50=' "$work/rates")" -eq 2 ]
+}
+
+start_sshd() {
+    ssh_port=$(free_port)
+    mkdir -p /run/sshd 2>/dev/null
+    ssh-keygen -q -t ed25519 -N '' -f "$work/host_key" && ssh-keygen -q -t ed25519 -N '' -f "$work/key" || return
+    cp "$work/key.pub" "$work/authorized_keys"
+    cat >"$work/sshd_config" <<EOF
+Port $ssh_port
+ListenAddress 127.0.0.1
+HostKey $work/host_key
+PidFile $work/sshd.pid
+AuthorizedKeysFile $work/authorized_keys
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+PermitRootLogin prohibit-password
+Subsystem sftp internal-sftp
+EOF
+    cat >"$work/ssh_config" <<EOF
+Host sandbox
+    ProxyCommand websocat --binary -H='$header' - $url?port=$ssh_port
+    User $(id -un)
+    IdentityFile $work/key
+    IdentitiesOnly yes
+    UserKnownHostsFile $work/known_hosts
+    StrictHostKeyChecking accept-new
+    BatchMode yes
+EOF
+    start sshd /usr/sbin/sshd -D -e -f "$work/sshd_config"
+    wait_for "sshd listens" listens "$ssh_port" || { cat "$work/sshd.log"; return 1; }
+}
+
+ssh_command() {
+    start_sshd || return
+    timeout 30 ssh -F "$work/ssh_config" sandbox 'echo "hello from $((6 * 7))"' >"$work/out" &&
+        expect "$work/out" "hello from 42" || { cat "$work/sshd.log"; return 1; }
+    timeout 30 ssh -F "$work/ssh_config" sandbox 'exit 7'
+    [ $? -eq 7 ]
+}
+
+scp_file() {
+    head -c 50M /dev/urandom >"$work/local"
+    timeout 60 scp -q -F "$work/ssh_config" "$work/local" "sandbox:$work/remote" || return
+    same_sum "$work/local" "$work/remote" || return
+    timeout 60 scp -q -F "$work/ssh_config" "sandbox:$work/remote" "$work/back" && same_sum "$work/local" "$work/back"
+}
+
+answer_after_end() {
+    local served
+    served=$(free_port)
+    start upper python3 -c '
+import socket, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    peer, _ = listener.accept()
+    if received := b"".join(iter(lambda: peer.recv(65536), b"")):
+        peer.sendall(received.upper())
+    peer.close()' "$served"
+    wait_for "the server listens" listens "$served" || return
+    for _ in 1 2 3 4 5; do
+        printf 'request' | timeout 10 websocat --binary -H="$header" - "$url?port=$served" >"$work/out" || return
+        expect "$work/out" REQUEST || return
+    done
+    head -c 5M /dev/zero | tr '\0' a >"$work/request"
+    timeout 20 websocat --binary -H="$header" - "$url?port=$served" <"$work/request" >"$work/out" || return
+    tr a A <"$work/request" >"$work/wanted" && same_sum "$work/wanted" "$work/out"
+}
+
+refused_by() { # refused_by PORT HEADER URL TEXT: websocat fails and says TEXT
+    timeout 10 websocat --binary -H="$1" - "$2" </dev/null >"$work/out" 2>&1 && { echo "it succeeded"; return 1; }
+    expect "$work/out" "$3"
+}
+
+wrong_token() {
+    refused_by "X-Access-Token: wrong" "$url?port=1" "401" && expect "$work/tunneld.log" "status=401"
+}
+
+closed_port() {
+    local closed
+    closed=$(free_port)
+    refused_by "$header" "$url?port=$closed" "502" && expect "$work/tunneld.log" "cannot reach localhost:$closed" &&
+        timeout 10 curl -sS -H "$header" -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \
+            -H 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==' "http://127.0.0.1:$port/tunnel?port=$closed" >"$work/out" &&
+        expect "$work/out" '"code":502' && expect "$work/out" "Connection refused"
+}
+
+text_mode() { # websocat without --binary sends text frames
+    printf hi | timeout 10 websocat --text -H="$header" - "$url?port=$redis_port" >"$work/out" 2>&1
+    wait_for "the refusal is logged" grep -q "binary frames only (websocat: --binary)" "$work/tunneld.log"
+}
+
+secret_kept() {
+    ! grep -qF "$token" "$work/tunneld.log" && ! tr '\0' ' ' <"/proc/$(pgrep -P "$daemon_pid")/cmdline" | grep -qF "$token"
+}
+
+orderly_stop() {
+    kill -TERM "$(pgrep -P "$daemon_pid")" && wait "$daemon_pid"
+    local code=$?
+    echo "exit code $code"
+    [ $code -eq 0 ] && expect "$work/tunneld.log" "shut down"
+}
+
+daemon_down() { refused_by "$header" "$url?port=1" "Connection refused"; }
+
+check "HTTP: curl fetches 200 MB through a local listener" http_file
+check "Redis: redis-cli through a local listener" redis_commands
+check "Redis: redis-benchmark, 50 clients, pipelined" redis_bench
+check "SSH: a command through ProxyCommand, and its exit code" ssh_command
+check "SSH: scp of 50 MB there and back" scp_file
+check "stdin: a server that answers after the end of its input" answer_after_end
+check "wrong token: websocat says 401, the log why" wrong_token
+check "closed port: websocat says 502, curl and the log why" closed_port
+check "text frames: the log says how to do it" text_mode
+check "the token is in no log and no argument list" secret_kept
+check "SIGTERM ends the daemon in order" orderly_stop
+check "daemon down: websocat says so" daemon_down
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
