@@ -17,7 +17,7 @@ use crate::http::answer::Answer;
 use crate::http::backend::{Backend, Rejected};
 use crate::http::routes::{Rules, Upgrade, route};
 use crate::lingering_close::{LingeringClose, drain};
-use crate::request_head::{self, HeadError, MAX_HEAD};
+use crate::request_head::{self, HeadError, MAX_HEAD, MAX_HEADERS};
 use crate::tunnel;
 use crate::tunnel::state::State;
 use crate::tunnel::target::TargetSocket;
@@ -179,7 +179,7 @@ fn no_head(error: &HeadError, context: &Context) -> Option<Answer> {
         HeadError::TooLarge => Answer::refusal(
             431,
             format!(
-                "the request head is longer than {MAX_HEAD} bytes or has more than 100 headers: send a shorter one"
+                "the request head is longer than {MAX_HEAD} bytes or has more than {MAX_HEADERS} headers: send a shorter one"
             ),
         ),
         HeadError::TimedOut => Answer::refusal(

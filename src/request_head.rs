@@ -13,7 +13,7 @@ use std::time::Instant;
 pub const MAX_HEAD: usize = 16 * 1024;
 
 /// The most headers in it.
-const MAX_HEADERS: usize = 100;
+pub const MAX_HEADERS: usize = 100;
 
 /// A finished, well-formed request head.
 #[derive(Debug)]

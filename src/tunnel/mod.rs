@@ -44,6 +44,7 @@ use std::net::{Shutdown, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
+use socket2::SockRef;
 use tungstenite::protocol::frame::coding::CloseCode;
 
 use crate::config::Times;
@@ -54,6 +55,11 @@ use target::TargetSocket;
 
 /// Outbound and keepalive need few frames; a page of their stack is touched.
 const STACK: usize = 64 * 1024;
+
+/// How much may wait unsent in a socket's buffer, in bytes (`TCP_NOTSENT_LOWAT`, tcp(7)). A write that waits
+/// goes on when half of it has left, so that a slow reader is seen to take bytes. By default that is a third
+/// of a buffer that grows to megabytes, longer than the linger at 20 KiB/s; and a ping would wait behind it.
+const UNSENT_LIMIT: u32 = 128 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +81,7 @@ pub fn run(
     times: Times,
     state: &State,
 ) -> Outcome {
+    limit_unsent(client);
     let writer = ClientWriter::new(client, state);
     let tunnel = Tunnel {
         client,
@@ -96,6 +103,13 @@ pub fn run(
         target.break_off();
     }
     outcome
+}
+
+/// Without it, or where the system doesn't know it, a slow peer is only seen less often.
+fn limit_unsent(stream: &TcpStream) {
+    if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_LIMIT) {
+        log::debug!("cannot limit unsent bytes: {error}");
+    }
 }
 
 fn named(name: &str) -> thread::Builder {

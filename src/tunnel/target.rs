@@ -48,6 +48,7 @@ impl TargetSocket {
     /// # Errors
     /// When the system has no descriptor left.
     pub fn new(stream: TcpStream) -> io::Result<TargetSocket> {
+        super::limit_unsent(&stream);
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(TargetSocket {
             stream: Mutex::new(Some(Arc::new(stream))),
