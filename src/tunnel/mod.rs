@@ -154,10 +154,10 @@ impl Tunnel<'_> {
         }
     }
 
-    /// Ends both directions at once.
+    /// Ends both directions at once. The client first, so that no Close pretends that it is still there.
     fn wake_all(&self) {
-        self.target.break_off();
         let _ = self.client.shutdown(Shutdown::Both);
+        self.target.break_off();
     }
 
     /// The thread that did start is sent home.

@@ -1,61 +1,445 @@
-//! The table of ends, row by row.
+//! The table of ends, row by row, each many times and in many sizes; the linger; and that no direction waits
+//! for the other.
 
-use std::io::Write;
-use std::net::Shutdown;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
 
 use crate::support::*;
 
-#[test]
-fn target_eof_reaches_the_client_as_close_1000() {
-    let daemon = Daemon::start(&[]);
+/// How often each row is run.
+const RUNS: u64 = 50;
+
+/// From nothing to more than the sockets' buffers hold, with the borders of the frame formats.
+const SIZES: [usize; 12] = [
+    0, 1, 125, 126, 4096, 32_768, 32_769, 65_535, 65_536, 300_000, 1_500_000, 6_000_000,
+];
+
+/// A tunnel, its target's side, and what to send through it: a different size in each of the runs.
+struct Run {
+    client: Client,
+    server: TcpStream,
+    random: Random,
+    up: Vec<u8>,
+    down: Vec<u8>,
+}
+
+fn runs(daemon: &Daemon) -> impl Iterator<Item = Run> + '_ {
     let target = Target::listen();
-    let data = Random::new(5).bytes(3_000_000);
-    for size in [0, 1, 125, 126, 65_536, 3_000_000] {
-        let mut client = Client::open(&daemon, target.port);
-        let mut server = target.accept();
-        server.write_all(&data[..size]).unwrap();
-        server.shutdown(Shutdown::Write).unwrap();
+    (0..RUNS).map(move |run| {
+        let mut random = Random::new(run + 1);
+        let down = SIZES[run as usize % SIZES.len()];
+        let up = SIZES[random.below(SIZES.len())];
+        let (down, up) = (random.bytes(down), random.bytes(up));
+        let client = Client::open(daemon, target.port);
+        Run {
+            client,
+            server: target.accept(),
+            random,
+            up,
+            down,
+        }
+    })
+}
+
+/// Sends `bytes` in messages of any size, then a Close, on another thread.
+fn upload_and_close(client: &Client, bytes: Vec<u8>, mut random: Random) -> thread::JoinHandle<()> {
+    let mut client = client.clone_writer();
+    thread::spawn(move || {
+        let mut left = &bytes[..];
+        while !left.is_empty() {
+            let size = (1 + random.below(200_000)).min(left.len());
+            client.send(&left[..size]);
+            left = &left[size..];
+        }
+        client.send_close(1000);
+    })
+}
+
+fn reading(server: &TcpStream) -> thread::JoinHandle<(Vec<u8>, bool)> {
+    let mut server = server.try_clone().unwrap();
+    thread::spawn(move || read_to_end(&mut server))
+}
+
+/// Makes the kernel send a RST when the socket is closed.
+fn reset(stream: TcpStream) {
+    sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+}
+
+// The target sends EOF
+
+#[test]
+fn target_eof_is_every_byte_and_close_1000() {
+    let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        down,
+        ..
+    } in runs(&daemon)
+    {
+        let sent = down.clone();
+        let sender = thread::spawn(move || {
+            server.write_all(&sent).unwrap();
+            server.shutdown(Shutdown::Write).unwrap();
+            server
+        });
         let (bytes, end) = client.see_all();
-        assert!(bytes == data[..size], "{size}");
+        assert!(bytes == down, "{} of {} bytes", bytes.len(), down.len());
         assert_eq!(end, CLOSE_1000);
-        client.send(b"still heard");
         client.finish();
-        assert_eq!(read_to_end(&mut server), (b"still heard".to_vec(), true));
+        assert_eq!(read_to_end(&mut sender.join().unwrap()), (vec![], true));
     }
 }
 
 #[test]
-fn client_close_reaches_the_target_as_fin_and_its_answer_comes_back() {
+fn after_target_eof_the_clients_bytes_still_reach_it() {
     let daemon = Daemon::start(&[]);
-    let target = Target::listen();
-    let data = Random::new(6).bytes(3_000_000);
-    for size in [0, 1, 65_536, 3_000_000] {
-        let mut client = Client::open(&daemon, target.port);
-        let mut server = target.accept();
-        client.send(&data[..size]);
-        client.send_close(1000);
-        let (bytes, orderly) = read_to_end(&mut server);
-        assert!(bytes == data[..size] && orderly, "{size}");
-        server.write_all(&data).unwrap();
-        drop(server);
+    for Run {
+        mut client,
+        mut server,
+        random,
+        up,
+        down,
+        ..
+    } in runs(&daemon)
+    {
+        let upload = upload_and_close(&client, up.clone(), random);
+        let download = down.clone();
+        let mut sender = server.try_clone().unwrap();
+        thread::spawn(move || {
+            sender.write_all(&download).unwrap();
+            sender.shutdown(Shutdown::Write).unwrap();
+        });
         let (bytes, end) = client.see_all();
-        assert!(bytes == data, "{size}");
+        assert!(
+            bytes == down,
+            "download: {} of {} bytes",
+            bytes.len(),
+            down.len()
+        );
         assert_eq!(end, CLOSE_1000);
+        let (bytes, orderly) = read_to_end(&mut server);
+        assert!(
+            bytes == up && orderly,
+            "upload: {} of {} bytes, orderly: {orderly}",
+            bytes.len(),
+            up.len()
+        );
+        upload.join().unwrap();
+        assert_eq!(client.see(), Seen::Eof);
+    }
+    daemon.logged(RUNS as usize, &["tunnel closed:", "closed in order"]);
+}
+
+#[test]
+fn a_target_that_closes_while_the_client_uploads_loses_none_of_its_own_bytes() {
+    let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        random,
+        down,
+        ..
+    } in runs(&daemon)
+    {
+        let upload = upload_and_close(&client, vec![1; 500_000], random);
+        let download = down.clone();
+        let sender = thread::spawn(move || {
+            server.write_all(&download).unwrap();
+            server.shutdown(Shutdown::Write).unwrap();
+            // What has come until now is read, and what comes later is answered with a reset.
+            let _ = server.read(&mut [0; 1000]);
+            server
+        });
+        let (bytes, end) = client.see_all();
+        assert!(bytes == down, "{} of {} bytes", bytes.len(), down.len());
+        assert_eq!(end, CLOSE_1000);
+        drop(sender.join().unwrap());
+        upload.join().unwrap();
         assert_eq!(client.see(), Seen::Eof);
     }
 }
 
+// The client sends Close
+
 #[test]
-fn a_text_frame_is_close_1003() {
+fn client_close_is_every_byte_and_fin_and_the_answer_comes_back() {
     let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        random,
+        up,
+        down,
+    } in runs(&daemon)
+    {
+        let upload = upload_and_close(&client, up.clone(), random);
+        let (bytes, orderly) = read_to_end(&mut server);
+        assert!(
+            bytes == up && orderly,
+            "{} of {} bytes, orderly: {orderly}",
+            bytes.len(),
+            up.len()
+        );
+        let answer = down.clone();
+        thread::spawn(move || server.write_all(&answer).unwrap());
+        let (bytes, end) = client.see_all();
+        assert!(bytes == down, "{} of {} bytes", bytes.len(), down.len());
+        assert_eq!(end, CLOSE_1000);
+        assert_eq!(client.see(), Seen::Eof);
+        upload.join().unwrap();
+    }
+    daemon.logged(RUNS as usize, &["tunnel closed:", "closed in order"]);
+}
+
+#[test]
+fn both_ends_at_the_same_moment_lose_nothing() {
+    let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        random,
+        up,
+        down,
+    } in runs(&daemon)
+    {
+        let uploaded = reading(&server);
+        let upload = upload_and_close(&client, up.clone(), random);
+        let download = down.clone();
+        thread::spawn(move || {
+            server.write_all(&download).unwrap();
+            server.shutdown(Shutdown::Write).unwrap();
+        });
+        let (bytes, end) = client.see_all();
+        assert!(
+            bytes == down,
+            "download: {} of {} bytes",
+            bytes.len(),
+            down.len()
+        );
+        assert_eq!((end, client.see()), (CLOSE_1000, Seen::Eof));
+        upload.join().unwrap();
+        let (bytes, orderly) = uploaded.join().unwrap();
+        assert!(
+            bytes == up && orderly,
+            "upload: {} of {} bytes, orderly: {orderly}",
+            bytes.len(),
+            up.len()
+        );
+    }
+    daemon.logged(RUNS as usize, &["tunnel closed:", "closed in order"]);
+}
+
+#[test]
+fn any_close_code_of_the_clients_is_an_orderly_end() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::echo();
+    for payload in [
+        &b""[..],
+        &[3, 0xe8],
+        b"\x03\xe9going away",
+        b"\x03\xf3",
+        b"\x0b\xb8",
+        b"\x13\x87bye",
+    ] {
+        let mut client = Client::open(&daemon, target.port);
+        client.send(b"x");
+        client.send_frame(0x88, payload);
+        assert_eq!(client.see_all(), (b"x".to_vec(), CLOSE_1000), "{payload:?}");
+    }
+    daemon.logged(6, &["tunnel closed:", "closed in order"]);
+}
+
+// The target resets or fails
+
+#[test]
+fn a_target_reset_is_the_bytes_read_so_far_and_close_1011() {
+    let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        down,
+        ..
+    } in runs(&daemon)
+    {
+        let (download, wait) = (down.clone(), client.clone_writer());
+        let sender = thread::spawn(move || {
+            server.write_all(&download).unwrap();
+            reset(server);
+            drop(wait);
+        });
+        let (bytes, end) = client.see_all();
+        assert!(
+            down.starts_with(&bytes),
+            "{} of {} bytes",
+            bytes.len(),
+            down.len()
+        );
+        assert!(
+            matches!(&end, Seen::Close(Some(1011), why) if why.contains("reset")),
+            "{end:?}"
+        );
+        client.finish();
+        sender.join().unwrap();
+    }
+    daemon.logged(RUNS as usize, &["tunnel closed:", "target failed", "reset"]);
+}
+
+#[test]
+fn a_target_reset_in_the_middle_of_an_upload_is_never_an_orderly_end() {
+    let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        mut random,
+        ..
+    } in runs(&daemon)
+    {
+        let mut uploader = client.clone_writer();
+        let upload = thread::spawn(move || {
+            let chunk = frame(0x82, &[7; 10_000]);
+            while uploader.stream.write_all(&chunk).is_ok() {}
+        });
+        let read = random.below(400_000);
+        server.read_exact(&mut vec![0; read]).unwrap();
+        reset(server);
+        let (bytes, end) = client.see_all();
+        assert!(bytes.is_empty());
+        assert!(
+            matches!(&end, Seen::Close(Some(1011), why) if why.contains("reset")),
+            "{end:?}"
+        );
+        client.stream.shutdown(Shutdown::Both).unwrap();
+        upload.join().unwrap();
+    }
+}
+
+// The client vanishes
+
+#[test]
+fn a_vanished_client_is_a_reset_for_the_target() {
+    let daemon = Daemon::start(&[]);
+    for (
+        run,
+        Run {
+            mut client,
+            mut server,
+            up,
+            ..
+        },
+    ) in runs(&daemon).enumerate()
+    {
+        let uploaded = reading(&server);
+        client.send(&up);
+        match run % 3 {
+            0 => drop(client),
+            1 => reset(client.stream),
+            _ => {
+                // In the middle of a frame.
+                client.send_raw(&frame(0x82, &[1; 100])[..50]);
+                client.stream.shutdown(Shutdown::Write).unwrap();
+                assert!(matches!(client.see(), Seen::Eof | Seen::Reset));
+            }
+        }
+        let (bytes, orderly) = uploaded.join().unwrap();
+        assert!(
+            up.starts_with(&bytes[..bytes.len().min(up.len())]) && !orderly,
+            "run {run}"
+        );
+        assert!(server.write_all(b"x").is_err(), "run {run}");
+    }
+    daemon.logged(RUNS as usize, &["tunnel closed:", "client vanished"]);
+}
+
+#[test]
+fn a_client_that_vanishes_while_the_target_sends_is_a_reset_too() {
+    let daemon = Daemon::start(&[]);
+    for (
+        run,
+        Run {
+            mut client,
+            mut server,
+            mut random,
+            ..
+        },
+    ) in runs(&daemon).enumerate()
+    {
+        let sender = thread::spawn(move || {
+            let chunk = [1; 50_000];
+            while server.write_all(&chunk).is_ok() {}
+            read_to_end(&mut server).1
+        });
+        client.see_all_of(1 + random.below(500_000));
+        if run % 2 == 0 {
+            drop(client)
+        } else {
+            reset(client.stream)
+        }
+        sender.join().unwrap();
+    }
+    daemon.logged(RUNS as usize, &["tunnel closed:", "client vanished"]);
+}
+
+#[test]
+fn a_client_that_vanishes_while_its_target_does_not_read_is_noticed() {
+    let daemon = Daemon::start(&["--ping-interval", "200ms", "--linger", "500ms"]);
     let target = Target::listen();
-    let mut client = Client::open(&daemon, target.port);
-    let mut server = target.accept();
-    client.send_frame(0x81, b"text");
-    let hint = "binary frames only (websocat: --binary)".to_owned();
-    assert_eq!(client.see(), Seen::Close(Some(1003), hint));
-    assert_eq!(client.see(), Seen::Eof);
-    assert_eq!(read_to_end(&mut server), (vec![], false));
+    for _ in 0..5 {
+        let client = Client::open(&daemon, target.port);
+        let mut server = target.accept();
+        fill(&client);
+        reset(client.stream);
+        daemon.logged(1, &["tunnel closed:", "client vanished"]);
+        assert!(!read_to_end(&mut server).1);
+    }
+}
+
+/// Sends messages until nothing more is taken for a while, and returns how many bytes were.
+fn fill(client: &Client) -> usize {
+    let (chunk, mut sent) = (frame(0x82, &[7; 10_000]), 0);
+    let mut stream = client.stream.try_clone().unwrap();
+    stream
+        .set_write_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    let mut left = &chunk[..];
+    while let Ok(count) = stream.write(left) {
+        sent += count;
+        left = if count == left.len() {
+            &chunk
+        } else {
+            &left[count..]
+        };
+    }
+    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    sent
+}
+
+// Text frames and protocol errors
+
+#[test]
+fn a_text_frame_is_close_1003_and_a_reset_target() {
+    let daemon = Daemon::start(&[]);
+    for Run {
+        mut client,
+        mut server,
+        up,
+        ..
+    } in runs(&daemon)
+    {
+        let uploaded = reading(&server);
+        client.send(&up);
+        client.send_frame(if up.len() % 2 == 0 { 0x81 } else { 0x01 }, b"text \xff");
+        let hint = "binary frames only (websocat: --binary)".to_owned();
+        assert_eq!(client.see(), Seen::Close(Some(1003), hint));
+        assert_eq!(client.see(), Seen::Eof);
+        let (bytes, orderly) = uploaded.join().unwrap();
+        assert!(up.starts_with(&bytes) && !orderly);
+        assert!(server.write_all(b"x").is_err());
+    }
 }
 
 #[test]
@@ -86,18 +470,194 @@ fn a_protocol_error_is_close_1002_and_a_reset_target() {
             frame(0x88, &[3, 0xe8, 0xff, 0xfe]),
         ),
     ] {
-        let mut client = Client::open(&daemon, target.port);
-        let mut server = target.accept();
-        client.send_raw(&bytes);
-        let (_, end) = client.see_all();
-        assert!(
-            matches!(&end, Seen::Close(Some(1002), reason) if !reason.is_empty()),
-            "{name}: {end:?}"
-        );
-        assert_eq!(client.see(), Seen::Eof, "{name}");
-        assert!(
-            !read_to_end(&mut server).1,
-            "{name}: the target sees a reset"
-        );
+        for data in [0, 1000, 100_000, 500_000] {
+            let mut client = Client::open(&daemon, target.port);
+            let mut server = target.accept();
+            let uploaded = reading(&server);
+            client.send(&vec![1; data]);
+            client.send_raw(&bytes);
+            let (_, end) = client.see_all();
+            assert!(
+                matches!(&end, Seen::Close(Some(1002), why) if !why.is_empty()),
+                "{name}: {end:?}"
+            );
+            assert_eq!(client.see(), Seen::Eof, "{name}");
+            assert!(
+                !uploaded.join().unwrap().1,
+                "{name}: the target sees a reset"
+            );
+            assert!(server.write_all(b"x").is_err(), "{name}");
+        }
     }
+}
+
+// The linger
+
+#[test]
+fn a_client_that_never_answers_a_close_is_let_go() {
+    let daemon = Daemon::start(&["--linger", "300ms"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    server.write_all(b"bye").unwrap();
+    server.shutdown(Shutdown::Write).unwrap();
+    let start = Instant::now();
+    assert_eq!(client.see_all(), (b"bye".to_vec(), CLOSE_1000));
+    assert_eq!(client.see(), Seen::Eof);
+    assert!(
+        start.elapsed() >= Duration::from_millis(300),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(
+        !read_to_end(&mut server).1,
+        "an upload without an end must not look finished"
+    );
+    daemon.logged(1, &["tunnel closed:", "linger"]);
+}
+
+#[test]
+fn a_target_that_never_ends_is_let_go() {
+    let daemon = Daemon::start(&["--linger", "300ms"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    client.send(b"x");
+    client.send_close(1000);
+    let (_, end) = client.see_all();
+    assert!(matches!(end, Seen::Close(Some(1011), _)), "{end:?}");
+    assert_eq!(
+        read_to_end(&mut server),
+        (b"x".to_vec(), true),
+        "its FIN came with the client's Close"
+    );
+    assert!(
+        server
+            .write_all(b"y")
+            .and_then(|()| server.write_all(b"z"))
+            .is_err()
+            || !read_to_end(&mut server).1
+    );
+    daemon.logged(1, &["tunnel closed:", "linger"]);
+}
+
+#[test]
+fn a_trickle_of_answer_keeps_the_linger_going() {
+    let daemon = Daemon::start(&["--linger", "400ms"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    client.send_close(1000);
+    thread::spawn(move || {
+        for _ in 0..20 {
+            thread::sleep(Duration::from_millis(100));
+            server.write_all(b"x").unwrap();
+        }
+    });
+    assert_eq!(client.see_all(), (vec![b'x'; 20], CLOSE_1000));
+}
+
+#[test]
+fn a_trickle_of_upload_keeps_the_linger_going() {
+    let daemon = Daemon::start(&["--linger", "400ms"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    server.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.see(), CLOSE_1000);
+    for _ in 0..20 {
+        thread::sleep(Duration::from_millis(100));
+        client.send(b"x");
+    }
+    client.send_close(1000);
+    assert_eq!(read_to_end(&mut server), (vec![b'x'; 20], true));
+}
+
+#[test]
+fn a_slow_reader_keeps_the_linger_going() {
+    let daemon = Daemon::start(&["--linger", "1s"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    client.send_close(1000);
+    assert!(read_to_end(&mut server).1);
+    let data = Random::new(9).bytes(8_000_000);
+    let sent = data.clone();
+    thread::spawn(move || server.write_all(&sent).unwrap());
+    let mut bytes = Vec::new();
+    while bytes.len() < data.len() {
+        // About 1.5 MB/s, far longer than the linger.
+        bytes.extend(client.see_all_of((data.len() - bytes.len()).min(32 * 1024)));
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!(bytes == data);
+    assert_eq!(client.see(), CLOSE_1000);
+}
+
+// No direction waits for the other
+
+#[test]
+fn a_client_that_does_not_read_is_still_listened_to() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let mut sender = server.try_clone().unwrap();
+    let data = Random::new(10).bytes(24_000_000);
+    let sent = data.clone();
+    let sending = thread::spawn(move || sender.write_all(&sent));
+    // Outbound is blocked once this many bytes, more than the client's side can hold, wait in the daemon.
+    thread::sleep(Duration::from_millis(300));
+    let up = Random::new(11).bytes(3_000_000);
+    let upload = upload_and_close(&client, up.clone(), Random::new(12));
+    client.clone_writer().send_frame(0x89, b"in the middle");
+    let (bytes, orderly) = read_to_end(&mut server);
+    assert!(
+        bytes == up && orderly,
+        "the upload and the Close went through: {} bytes",
+        bytes.len()
+    );
+    upload.join().unwrap();
+    assert!(!sending.is_finished(), "the download still waits");
+    let (mut bytes, mut end) = client.see_all();
+    if end == Seen::Pong(b"in the middle".to_vec()) {
+        drop(server);
+        let (more, last) = client.see_all();
+        bytes.extend(more);
+        end = last;
+    } else {
+        panic!("{end:?} instead of the pong");
+    }
+    assert!(bytes == data, "{} bytes", bytes.len());
+    assert_eq!(end, CLOSE_1000);
+    sending.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_target_that_does_not_read_is_still_relayed_from() {
+    let daemon = Daemon::start(&["--ping-interval", "200ms", "--ping-timeout", "200ms"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let sent = fill(&client);
+    assert!(sent > 100_000, "{sent}");
+    let data = Random::new(13).bytes(5_000_000);
+    let download = data.clone();
+    let mut sender = server.try_clone().unwrap();
+    thread::spawn(move || sender.write_all(&download).unwrap());
+    let mut pings = 0;
+    let mut bytes = Vec::new();
+    while bytes.len() < data.len() || pings < 3 {
+        match client.see() {
+            Seen::Binary(payload) => bytes.extend(payload),
+            Seen::Ping(_) => pings += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(bytes == data);
+    let received = thread::spawn(move || read_to_end(&mut server));
+    // Whatever of the last frame was not taken by `fill` is lost with the client; the rest is not.
+    drop(client);
+    let (bytes, orderly) = received.join().unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 7) && !orderly);
 }

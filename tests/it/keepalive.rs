@@ -1,15 +1,19 @@
-//! Pings, and who they find dead.
+//! Pings: who they find dead, and whom they spare.
 
+use std::io::Write;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
 
+const HASTY: [&str; 4] = ["--ping-interval", "200ms", "--ping-timeout", "200ms"];
+
 #[test]
-fn an_idle_tunnel_is_pinged_and_stays() {
-    let daemon = Daemon::start(&["--ping-interval", "100ms", "--ping-timeout", "5s"]);
+fn an_idle_client_that_answers_stays() {
+    let daemon = Daemon::start(&HASTY);
     let target = Target::echo();
     let mut client = Client::open(&daemon, target.port);
-    for _ in 0..5 {
+    for _ in 0..8 {
         let Seen::Ping(payload) = client.see() else {
             panic!("no ping")
         };
@@ -20,10 +24,10 @@ fn an_idle_tunnel_is_pinged_and_stays() {
 }
 
 #[test]
-fn a_client_that_does_not_answer_is_gone_after_the_ping_timeout() {
+fn an_idle_client_that_does_not_answer_is_gone_after_the_ping_timeout() {
     let daemon = Daemon::start(&["--ping-interval", "200ms", "--ping-timeout", "300ms"]);
     let target = Target::listen();
-    let client = Client::open(&daemon, target.port);
+    let mut client = Client::open(&daemon, target.port);
     let mut server = target.accept();
     let start = Instant::now();
     assert_eq!(read_to_end(&mut server), (vec![], false));
@@ -33,7 +37,131 @@ fn a_client_that_does_not_answer_is_gone_after_the_ping_timeout() {
         start.elapsed()
     );
     daemon.logged(1, &["tunnel closed:", "no pong within the ping timeout"]);
-    drop(client);
+    assert!(matches!(client.see(), Seen::Ping(_)));
+    let end = std::iter::repeat_with(|| client.see()).find(|seen| !matches!(seen, Seen::Ping(_)));
+    assert!(matches!(end, Some(Seen::Eof | Seen::Reset)));
+}
+
+#[test]
+fn bytes_that_were_answered_for_do_not_lengthen_the_ping_timeout() {
+    let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "300s"]].concat());
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    server.write_all(&[1; 100_000]).unwrap();
+    assert_eq!(client.see_all_of(100_000).len(), 100_000);
+    let Seen::Ping(payload) = client.see() else {
+        panic!("no ping")
+    };
+    client.send_frame(0x8a, &payload);
+    assert_eq!(read_to_end(&mut server), (vec![], false));
+    daemon.logged(1, &["tunnel closed:", "no pong within the ping timeout"]);
+}
+
+#[test]
+fn a_slow_reader_gets_every_byte() {
+    let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "60s"]].concat());
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let data = Random::new(20).bytes(20_000_000);
+    let sent = data.clone();
+    let sender = thread::spawn(move || server.write_all(&sent));
+    // Many pings' worth of silence, with megabytes ahead of each.
+    thread::sleep(Duration::from_millis(1500));
+    let (bytes, end) = client.see_all();
+    assert!(bytes == data, "{} bytes, then {end:?}", bytes.len());
+    assert_eq!(end, CLOSE_1000);
+    sender.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_client_that_takes_nothing_is_gone_after_the_stall_timeout() {
+    let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "1s"]].concat());
+    let target = Target::listen();
+    let _client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let start = Instant::now();
+    let chunk = [1; 50_000];
+    while server.write_all(&chunk).is_ok() {}
+    assert!(
+        start.elapsed() >= Duration::from_secs(1),
+        "{:?}",
+        start.elapsed()
+    );
+    daemon.logged(
+        1,
+        &["tunnel closed:", "no sign of life within the stall timeout"],
+    );
+}
+
+#[test]
+fn a_few_bytes_before_a_silent_client_get_the_stall_timeout_too() {
+    let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "1s"]].concat());
+    let target = Target::listen();
+    let _client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let start = Instant::now();
+    server.write_all(b"x").unwrap();
+    assert_eq!(read_to_end(&mut server), (vec![], false));
+    assert!(
+        start.elapsed() >= Duration::from_millis(900),
+        "{:?}",
+        start.elapsed()
+    );
+    daemon.logged(
+        1,
+        &["tunnel closed:", "no sign of life within the stall timeout"],
+    );
+}
+
+#[test]
+fn a_parked_target_does_not_cost_its_client_the_upload() {
+    let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "300ms"]].concat());
+    let target = Target::listen();
+    let data = Random::new(21).bytes(20_000_000);
+    let sent = [frame(0x82, &data), frame(0x88, b"")].concat();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let sender = thread::spawn(move || {
+        client.send_raw(&sent);
+        client
+    });
+    thread::sleep(Duration::from_millis(1500));
+    let (bytes, orderly) = read_to_end(&mut server);
+    assert!(
+        bytes == data && orderly,
+        "{} bytes, orderly: {orderly}",
+        bytes.len()
+    );
+    drop(server);
+    assert_eq!(sender.join().unwrap().see_all().1, CLOSE_1000);
+}
+
+#[test]
+fn any_bytes_are_a_sign_of_life() {
+    let daemon = Daemon::start(&HASTY);
+    let target = Target::echo();
+    for (first, payload) in [
+        (0x82, &b"data"[..]),
+        (0x8a, b"foreign pong"),
+        (0x89, b"ping"),
+        (0x82, b""),
+    ] {
+        let mut client = Client::open(&daemon, target.port);
+        for _ in 0..15 {
+            client.send_frame(first, payload);
+            thread::sleep(Duration::from_millis(100));
+        }
+        client.send_close(1000);
+        loop {
+            match client.see() {
+                Seen::Close(code, _) => break assert_eq!(code, Some(1000)),
+                Seen::Eof | Seen::Reset => panic!("given up in spite of {payload:?}"),
+                _ => {}
+            }
+        }
+    }
 }
 
 #[test]
