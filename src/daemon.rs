@@ -19,6 +19,7 @@ use crate::http::answer::Answer;
 use crate::http::backend::Backend;
 use crate::http::routes::Rules;
 use crate::lingering_close::LingeringClose;
+use crate::tunnel::keepalive::CLOSE_LIMIT;
 
 /// A connection's thread reads the head, prints the answer and then runs inbound.
 const STACK: usize = 128 * 1024;
@@ -33,8 +34,8 @@ const DESCRIPTORS_ELSE: u64 = 32;
 /// How long nothing is accepted after the system refused to.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long tunnels may take for their Close handshake after the grace.
-const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+/// After the grace: what tunnels get for their Close handshake, and for what comes behind it.
+const END_LIMIT: Duration = Duration::from_millis(CLOSE_LIMIT.as_millis() as u64 + 1000);
 
 /// Tells a running daemon to end. It may be asked from any thread, a signal handler's included.
 #[derive(Debug)]
@@ -153,8 +154,7 @@ impl Gate {
         self.connections.let_heads_go();
         if !self.connections.wait_until_none(Instant::now() + grace) {
             self.connections.end_tunnels();
-            self.connections
-                .wait_until_none(Instant::now() + CLOSE_LIMIT);
+            self.connections.wait_until_none(Instant::now() + END_LIMIT);
         }
         log::info!("shut down");
     }

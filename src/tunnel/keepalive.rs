@@ -14,6 +14,9 @@ use super::state::{Cut, Ends, State};
 use super::target::TargetSocket;
 use crate::config::Times;
 
+/// How long a client may take for its Close when the daemon shuts down.
+pub const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+
 /// What the clocks watch over.
 #[derive(Debug)]
 pub struct Keepalive<'a> {
@@ -86,7 +89,10 @@ impl<'a> Keepalive<'a> {
     fn linger(&mut self, ends: &mut Ends) -> Duration {
         let now = self.state.age();
         let since = *self.lingers_since.get_or_insert(now);
-        let deadline = since.max(self.state.last_moved()) + self.times.linger;
+        let deadline = match ends.cut {
+            Some(Cut::Shutdown) => since + CLOSE_LIMIT,
+            _ => since.max(self.state.last_moved()) + self.times.linger,
+        };
         if now < deadline {
             return deadline;
         }

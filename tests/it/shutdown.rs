@@ -1,6 +1,10 @@
 //! SIGTERM, SIGINT and SIGHUP.
 
+use std::io::Write;
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -60,4 +64,71 @@ fn a_second_signal_ends_it_at_once() {
     std::thread::sleep(Duration::from_millis(50));
     daemon.signal(Signal::TERM);
     assert_eq!(daemon.exit().code(), Some(1));
+}
+
+/// Of 50 tunnels that move data when the signal comes, half end within the grace and lose nothing; the
+/// others get Close 1001 behind whole messages.
+#[test]
+fn under_load_tunnels_lose_nothing_within_the_grace_and_the_rest_get_close_1001() {
+    const TUNNELS: usize = 50;
+    let mut daemon = Daemon::start(&["--shutdown-grace", "3s"]);
+    let target = Target::echo();
+    let clients: Vec<_> = (0..TUNNELS)
+        .map(|_| Client::open(&daemon, target.port))
+        .collect();
+    let signalled = Arc::new(AtomicBool::new(false));
+    let work = clients.into_iter().enumerate().map(|(n, client)| {
+        let signalled = Arc::clone(&signalled);
+        thread::spawn(move || {
+            if n % 2 == 0 {
+                ends_by_itself(client, n, &signalled)
+            } else {
+                goes_on(client, n)
+            }
+        })
+    });
+    let work: Vec<_> = work.collect();
+    thread::sleep(Duration::from_millis(300));
+    daemon.signal(Signal::TERM);
+    within(LIMIT, "no new connections", || {
+        TcpStream::connect(daemon.address).is_err().then_some(())
+    });
+    signalled.store(true, Ordering::SeqCst);
+    for work in work {
+        work.join().unwrap();
+    }
+    assert_eq!(daemon.exit().code(), Some(0));
+    daemon.logged(TUNNELS / 2, &["tunnel closed:", "closed in order"]);
+    daemon.logged(TUNNELS / 2, &["tunnel closed:", "shutting down"]);
+}
+
+/// Echoes blocks until the signal has come, then closes and expects every byte.
+fn ends_by_itself(mut client: Client, n: usize, signalled: &AtomicBool) {
+    let block = Random::new(n as u64).bytes(50_000);
+    let mut rounds = 0;
+    while !signalled.load(Ordering::SeqCst) || rounds < 3 {
+        client.send(&block);
+        assert!(client.see_all_of(block.len()) == block);
+        rounds += 1;
+    }
+    client.send(&block);
+    client.send_close(1000);
+    let (bytes, end) = client.see_all();
+    assert!(bytes == block);
+    assert_eq!(end, CLOSE_1000);
+}
+
+/// Echoes blocks until it is told to stop.
+fn goes_on(mut client: Client, n: usize) {
+    let block = Random::new(n as u64).bytes(20_000);
+    let mut writer = client.clone_writer();
+    let bytes = frame(0x82, &block);
+    thread::spawn(move || while writer.stream.write_all(&bytes).is_ok() {});
+    let (echoed, end) = client.see_all();
+    assert!(
+        echoed
+            .chunks(block.len())
+            .all(|chunk| block.starts_with(chunk))
+    );
+    assert!(matches!(end, Seen::Close(Some(1001), _)), "{end:?}");
 }

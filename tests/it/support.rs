@@ -154,11 +154,39 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// The number of threads.
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.child.id()))
+            .unwrap()
+            .count()
+    }
+
+    /// Resident memory in KiB.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// Waits until there are no more threads and descriptors than in `before`.
+    pub fn is_back_at(&self, before: (usize, usize)) {
+        within(
+            LIMIT,
+            &format!("threads and descriptors are back at {before:?}"),
+            || (self.threads() <= before.0 && self.descriptors() <= before.1).then_some(()),
+        );
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let status = self.child.wait();
-        if thread::panicking() {
+        if thread::panicking() && !self.log().is_empty() {
             eprintln!("--- the daemon's log ({status:?})\n{}", self.log());
         }
     }
