@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The tokens that open the daemon; `None` leaves it open.
     pub tokens: Option<Tokens>,
+    /// The token file, if others than its owner can read it.
+    pub exposed_token_file: Option<PathBuf>,
     /// The web origins that may open a tunnel. Empty: any with a token, none without.
     pub allow_origin: Vec<Origin>,
     /// How many connections may be open at once, tunnels and unanswered requests together.
@@ -165,6 +168,7 @@ impl Config {
         Ok(Config {
             listen: arguments.listen,
             tokens,
+            exposed_token_file: arguments.access_token_file.filter(|path| is_exposed(path)),
             allow_origin: arguments.allow_origin,
             max_connections: arguments.max_connections,
             head_timeout: arguments.head_timeout,
@@ -223,6 +227,12 @@ fn read_tokens(path: &Path) -> Result<Tokens, String> {
     })?;
     Tokens::parse(&text)
         .map_err(|error| format!("the access token file {} {error}", path.display()))
+}
+
+/// Whether others than the owner and the group may read the file.
+fn is_exposed(path: &Path) -> bool {
+    const OTHERS_READ: u32 = 0o004;
+    fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & OTHERS_READ != 0)
 }
 
 /// clap explains over several paragraphs; scripts and logs want one line.

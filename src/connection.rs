@@ -17,6 +17,7 @@ use crate::http::answer::Answer;
 use crate::http::backend::{Backend, Rejected};
 use crate::http::routes::{Rules, Upgrade, route};
 use crate::lingering_close::{LingeringClose, drain};
+use crate::log_limit::LogLimit;
 use crate::request_head::{self, HeadError, MAX_HEAD, MAX_HEADERS};
 use crate::tunnel;
 use crate::tunnel::state::State;
@@ -162,15 +163,18 @@ fn relay(
     }
 }
 
+/// The most refusals logged in a second.
+static REFUSALS: LogLimit = LogLimit::new(20);
+
 /// Logs an answer before it is sent, as websocat never shows a refusal's body.
 pub fn log_answer(peer: SocketAddr, answer: &Answer) {
-    match answer.status {
-        status @ 400.. => log::info!(
-            "refused: peer={peer} status={status} reason={:?}",
-            answer.message
-        ),
-        status => log::debug!("answered: peer={peer} status={status}"),
+    let (status, reason) = (answer.status, &answer.message);
+    if status < 400 {
+        return log::debug!("answered: peer={peer} status={status}");
     }
+    REFUSALS.log("refusals", || {
+        log::info!("refused: peer={peer} status={status} reason={reason:?}")
+    });
 }
 
 fn no_head(error: &HeadError, context: &Context) -> Option<Answer> {

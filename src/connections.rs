@@ -14,6 +14,7 @@ use crate::tunnel::state::State;
 #[derive(Debug)]
 pub struct Connections {
     limit: usize,
+    leaving: usize,
     table: Mutex<Table>,
     freed: Condvar,
 }
@@ -48,13 +49,11 @@ pub struct Permit {
 }
 
 impl Connections {
-    /// How many threads may be on their way out beside those of `limit` connections.
-    const LEAVING: usize = 64;
-
-    /// No connections, of `limit` at most.
-    pub fn new(limit: usize) -> Arc<Connections> {
+    /// No connections, of `limit` at most. So many as `leaving` may be on their way out beside them.
+    pub fn new(limit: usize, leaving: usize) -> Arc<Connections> {
         Arc::new(Connections {
             limit,
+            leaving,
             table: Mutex::default(),
             freed: Condvar::new(),
         })
@@ -64,7 +63,7 @@ impl Connections {
     /// others out: at the limit the one that has waited longest for its head is let go.
     pub fn admit(self: &Arc<Self>, client: &Arc<TcpStream>) -> Option<Permit> {
         let mut table = self.table();
-        if table.threads >= self.limit + Self::LEAVING {
+        if table.threads >= self.limit + self.leaving {
             return None;
         }
         if table.open.len() >= self.limit {

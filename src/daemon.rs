@@ -19,6 +19,7 @@ use crate::http::answer::Answer;
 use crate::http::backend::Backend;
 use crate::http::routes::Rules;
 use crate::lingering_close::LingeringClose;
+use crate::log_limit::LogLimit;
 use crate::tunnel::keepalive::CLOSE_LIMIT;
 
 /// A connection's thread reads the head, prints the answer and then runs inbound.
@@ -28,8 +29,11 @@ const STACK: usize = 128 * 1024;
 /// private socket's two ends and tiny_http's copy of one, and up to four attempts to connect.
 const DESCRIPTORS_EACH: u64 = 7;
 
-/// Descriptors for everything that is no connection.
-const DESCRIPTORS_ELSE: u64 = 32;
+/// Descriptors for what is no connection: the standard streams, the listeners, and what wakes threads.
+const DESCRIPTORS_ELSE: u64 = 16;
+
+/// The most connections on their way out, without a place: those let go, and those being closed.
+const MAX_LEAVING: u64 = 128;
 
 /// How long nothing is accepted after the system refused to.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -68,7 +72,8 @@ impl Shutdown {
 /// When it can't start; once it serves, nothing ends it but the shutdown.
 pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Result<()> {
     let grace = config.shutdown_grace;
-    let connections = Connections::new(connection_limit(config.max_connections)?);
+    let limits = limits(config.max_connections)?;
+    let connections = Connections::new(limits.connections, limits.leaving);
     let rules = Rules {
         tokens: config.tokens.clone(),
         allow_origin: config.allow_origin.clone(),
@@ -77,7 +82,7 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
         config,
         rules,
         backend: Backend::start()?,
-        closer: LingeringClose::start()?,
+        closer: LingeringClose::start(limits.leaving)?,
     };
     let gate = Gate {
         context: Arc::new(context),
@@ -90,6 +95,9 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
     gate.drain(grace);
     Ok(())
 }
+
+/// The most failures of the system logged in a second.
+static FAILURES: LogLimit = LogLimit::new(2);
 
 struct Gate {
     context: Arc<Context>,
@@ -107,9 +115,9 @@ impl Gate {
                 }
                 Err(error) if is_of_one_connection(&error) => false,
                 Err(error) => {
-                    log::warn!(
-                        "cannot accept a connection, trying again in {ACCEPT_PAUSE:?}: {error}"
-                    );
+                    FAILURES.log("failures to accept", || {
+                        log::warn!("cannot accept a connection, trying again soon: {error}");
+                    });
                     true
                 }
             };
@@ -189,23 +197,28 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
+/// How many connections there may be, and how many more on their way out.
+struct Limits {
+    connections: usize,
+    leaving: usize,
+}
+
 /// Raises the soft limit of descriptors to the hard one, and lowers `wanted` to what it allows: tiny_http
 /// must never run out of them.
-fn connection_limit(wanted: usize) -> io::Result<usize> {
-    let limits = getrlimit(Resource::Nofile);
+fn limits(wanted: usize) -> io::Result<Limits> {
+    let hard = getrlimit(Resource::Nofile).maximum;
     if let Err(error) = setrlimit(
         Resource::Nofile,
         Rlimit {
-            current: limits.maximum,
-            maximum: limits.maximum,
+            current: hard,
+            maximum: hard,
         },
     ) {
         log::debug!("cannot raise the limit of descriptors: {error}");
     }
-    let Some(descriptors) = getrlimit(Resource::Nofile).current else {
-        return Ok(wanted);
-    };
-    let possible = descriptors.saturating_sub(DESCRIPTORS_ELSE) / DESCRIPTORS_EACH;
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let leaving = (descriptors / 16).clamp(2, MAX_LEAVING);
+    let possible = descriptors.saturating_sub(DESCRIPTORS_ELSE + 2 * leaving) / DESCRIPTORS_EACH;
     let possible = usize::try_from(possible).unwrap_or(usize::MAX);
     if possible == 0 {
         return Err(io::Error::other(format!(
@@ -217,5 +230,8 @@ fn connection_limit(wanted: usize) -> io::Result<usize> {
             "{descriptors} descriptors allow {possible} connections instead of {wanted}: raise RLIMIT_NOFILE (ulimit -n) for more"
         );
     }
-    Ok(wanted.min(possible))
+    Ok(Limits {
+        connections: wanted.min(possible),
+        leaving: leaving as usize,
+    })
 }

@@ -12,7 +12,7 @@
 //! 8. an orderly end on one side becomes an orderly end on the other, a broken one a broken one;
 //! 9. the end is logged once, the sockets are closed, the place is free.
 //!
-//! [`config`] holds every option. Only blocking sockets and threads are used; each wait has a limit or an
+//! [`config`] holds every option, and [`log_limit`] bounds the log. Only blocking sockets and threads are used; each wait has a limit or an
 //! owner that ends it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -24,5 +24,6 @@ pub mod daemon;
 pub mod dial;
 pub mod http;
 pub mod lingering_close;
+pub mod log_limit;
 pub mod request_head;
 pub mod tunnel;

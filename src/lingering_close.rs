@@ -18,9 +18,6 @@ use rustix::net::{RecvFlags, recv};
 /// How long a refused client may go on sending.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// How many refused clients may do so at once. For one more, the oldest is closed.
-const MAX_OPEN: usize = 128;
-
 /// How many bytes a refused client may go on sending.
 const MAX_BYTES: usize = 1024 * 1024;
 
@@ -51,18 +48,21 @@ pub struct LingeringClose {
 }
 
 impl LingeringClose {
-    /// Starts the thread. It ends when this is dropped.
+    /// Starts the thread. It ends when this is dropped. At most `max_open` connections are waited for at once;
+    /// for one more, the oldest is closed.
     ///
     /// # Errors
     /// When the system refuses a thread or a descriptor.
-    pub fn start() -> io::Result<LingeringClose> {
-        let (sender, receiver) = sync_channel(MAX_OPEN);
+    pub fn start(max_open: usize) -> io::Result<LingeringClose> {
+        // Half of them in the queue, half in the thread's hands.
+        let half = max_open.div_ceil(2);
+        let (sender, receiver) = sync_channel(half);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let woken = Arc::clone(&wake);
         let closer = thread::Builder::new()
             .name("lingering-close".into())
             .stack_size(64 * 1024);
-        closer.spawn(move || close_all(&receiver, &woken))?;
+        closer.spawn(move || close_all(&receiver, &woken, half))?;
         Ok(LingeringClose { sender, wake })
     }
 
@@ -100,7 +100,7 @@ struct Closing {
     bytes: usize,
 }
 
-fn close_all(receiver: &Receiver<Arc<TcpStream>>, wake: &OwnedFd) {
+fn close_all(receiver: &Receiver<Arc<TcpStream>>, wake: &OwnedFd, max_open: usize) {
     let mut open: Vec<Closing> = Vec::new();
     loop {
         wait(&open, wake);
@@ -117,7 +117,7 @@ fn close_all(receiver: &Receiver<Arc<TcpStream>>, wake: &OwnedFd) {
                 Err(TryRecvError::Disconnected) => return,
             }
         }
-        open.drain(..open.len().saturating_sub(MAX_OPEN));
+        open.drain(..open.len().saturating_sub(max_open));
         open.retain_mut(Closing::goes_on);
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tunneld::config::{Config, NoConfig};
 use tunneld::daemon::{self, Shutdown};
+use tunneld::log_limit::LogLimit;
 
 fn main() -> ExitCode {
     match start() {
@@ -27,7 +28,10 @@ fn start() -> Result<ExitCode, NoConfig> {
     let config = Config::load(std::env::args_os())?;
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     std::panic::set_hook(Box::new(|panic| {
-        log::error!("internal error, please report it: {panic}")
+        static PANICS: LogLimit = LogLimit::new(2);
+        PANICS.log("internal errors", || {
+            log::error!("internal error in one thread: {panic}")
+        });
     }));
     let listener = TcpListener::bind(config.listen).map_err(|error| {
         format!(
@@ -37,6 +41,12 @@ fn start() -> Result<ExitCode, NoConfig> {
     })?;
     if config.tokens.is_none() {
         log::warn!("no access token is set: everyone who can connect may reach every port in here");
+    }
+    if let Some(path) = &config.exposed_token_file {
+        log::warn!(
+            "everyone can read the access token file {}: chmod o-r it",
+            path.display()
+        );
     }
     let shutdown = Arc::new(Shutdown::new().map_err(|error| format!("cannot start: {error}"))?);
     handle_signals(&shutdown)?;

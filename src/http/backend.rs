@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,7 @@ use tempfile::TempDir;
 use tiny_http::Server;
 
 use super::Request;
+use crate::log_limit::LogLimit;
 use crate::request_head::RequestHead;
 
 /// The header under which a request finds back to its connection. The gate puts it in front of all
@@ -90,19 +92,19 @@ impl Backend {
     /// [`Rejected`]. When tiny_http has failed, a fresh one has been started for the next request.
     pub fn parse(&self, ticket: u64, head: &RequestHead) -> Result<Request, Rejected> {
         let mut last = String::from("it could not be started");
-        for _ in 0..2 {
+        let mut hung_up = false;
+        for _ in 0..3 {
             let Some(server) = self.server() else { break };
             match server.parse(ticket, head) {
-                Ok(request) => {
-                    return Ok(Request {
-                        has_body: head.has_body,
-                        ..request
-                    });
+                Ok(request) => return Ok(request),
+                Err(Failure::HungUp) if hung_up => return Err(Rejected::Malformed),
+                // Its accept thread may have panicked with this connection in hand; then the next one shows it.
+                Err(Failure::HungUp) => hung_up = true,
+                Err(Failure::Dead(why)) => {
+                    self.replace(&server, &why);
+                    last = why;
                 }
-                Err(Failure::HungUp) => return Err(Rejected::Malformed),
-                Err(Failure::Dead(why)) => last = why,
             }
-            self.replace(&server, &last);
         }
         Err(Rejected::Unavailable(last))
     }
@@ -122,9 +124,13 @@ impl Backend {
             .as_ref()
             .is_some_and(|server| Arc::ptr_eq(server, failed))
         {
-            log::warn!("tiny_http failed and is replaced: {why}");
             current.server = None;
-            current.restart();
+            FAILURES.log("failures of tiny_http", || {
+                log::warn!("tiny_http failed and is replaced: {why}")
+            });
+            if current.started.elapsed() > REPLACE_PAUSE {
+                current.restart();
+            }
         }
     }
 }
@@ -134,12 +140,17 @@ impl Current {
         self.started = Instant::now();
         match PrivateServer::start() {
             Ok(server) => self.server = Some(Arc::new(server)),
-            Err(error) => log::warn!(
-                "tiny_http can't be started, trying again with the next request: {error}"
-            ),
+            Err(error) => FAILURES.log("failures of tiny_http", || {
+                log::warn!(
+                    "tiny_http can't be started, trying again with a later request: {error}"
+                );
+            }),
         }
     }
 }
+
+/// The most failures logged in a second.
+static FAILURES: LogLimit = LogLimit::new(2);
 
 enum Failure {
     HungUp,
@@ -150,8 +161,10 @@ impl PrivateServer {
     fn start() -> io::Result<PrivateServer> {
         let directory = private_directory()?;
         let socket = directory.path().join("http");
-        let server =
-            Server::http_unix(&socket).map_err(|error| io::Error::other(error.to_string()))?;
+        // It panics when it can't start a thread.
+        let server = catch_unwind(|| Server::http_unix(&socket))
+            .map_err(|_| io::Error::other("no thread for it"))?
+            .map_err(|error| io::Error::other(error.to_string()))?;
         let server = Arc::new(server);
         let awaited = Arc::new(Awaited::default());
         let (from, to) = (Arc::clone(&server), Arc::clone(&awaited));

@@ -180,8 +180,8 @@ impl<'a> Keepalive<'a> {
     /// The client is gone. What is still in our buffers for it can't reach it, hence a RST on both sides.
     fn give_up(&self, cut: Cut, ends: &mut Ends) {
         ends.cut = Some(cut);
-        self.target.break_off();
         let _ = sockopt::set_socket_linger(self.client, Some(Duration::ZERO));
         let _ = self.client.shutdown(Shutdown::Both);
+        self.target.break_off();
     }
 }

@@ -5,6 +5,7 @@ mod answers;
 mod command_line;
 mod ends;
 mod gate;
+mod hostile;
 mod keepalive;
 mod network;
 mod openapi;

@@ -1,0 +1,422 @@
+//! Clients without good intentions, with a real client beside them that must not notice.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::*;
+
+/// A tunnel that works while something else goes on.
+struct Bystander {
+    client: Client,
+}
+
+impl Bystander {
+    fn of(daemon: &Daemon, target: &Target) -> Bystander {
+        Bystander {
+            client: Client::open(daemon, target.port),
+        }
+    }
+
+    fn works(&mut self) {
+        let bytes = [1, 2, 3, 4, 5];
+        self.client.send(&bytes);
+        assert_eq!(self.client.see_all_of(bytes.len()), bytes);
+    }
+}
+
+/// The same daemon under other limits of the system, set by `prlimit`.
+fn limited(limits: &[&str], options: &[&str]) -> Command {
+    let inner = Daemon::command(options);
+    let mut command = Command::new("prlimit");
+    command
+        .args(limits)
+        .arg("--")
+        .arg(inner.get_program())
+        .args(inner.get_args());
+    command
+}
+
+/// What a stream still brings, whatever its end.
+fn rest(stream: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    bytes
+}
+
+// Heads
+
+#[test]
+fn an_endless_head_costs_16_kib() {
+    let daemon = Daemon::start(&[]);
+    daemon.get("/health", &[]);
+    let before = daemon.resident();
+    let attack = || {
+        let mut stream = daemon.connect();
+        stream.write_all(b"GET /health HTTP/1.1\r\nX: ").unwrap();
+        let mut sent = 0;
+        while sent < 50_000_000 && stream.write_all(&[b'x'; 50_000]).is_ok() {
+            sent += 50_000;
+        }
+        sent
+    };
+    let sent: Vec<_> = (0..20).map(|_| attack()).collect();
+    assert!(
+        sent.iter().all(|&sent| sent < 20_000_000),
+        "cut off in time: {sent:?}"
+    );
+    assert!(
+        daemon.resident() < before + 2048,
+        "{before} KiB, then {}",
+        daemon.resident()
+    );
+    assert_eq!(daemon.get("/health", &[]).status, 204);
+}
+
+#[test]
+fn slow_heads_beside_a_real_client_do_not_slow_it() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::echo();
+    let mut slow: Vec<_> = (0..300).map(|_| daemon.connect()).collect();
+    for stream in &mut slow {
+        stream.write_all(b"GET /health HTTP/1.1\r\nX").unwrap();
+    }
+    let mut bystander = Bystander::of(&daemon, &target);
+    for stream in &mut slow {
+        stream.write_all(b":").unwrap();
+        bystander.works();
+    }
+    assert_eq!(daemon.get("/health", &[]).status, 204);
+}
+
+#[test]
+fn more_slow_heads_than_the_limit_keep_no_real_client_out() {
+    let daemon = Daemon::start(&["--max-connections", "50"]);
+    let target = Target::echo();
+    let mut bystander = Bystander::of(&daemon, &target);
+    let mut slow = Vec::new();
+    for _ in 0..300 {
+        let mut stream = daemon.connect();
+        let _ = stream.write_all(b"GET /health HTTP/1.1\r\nX");
+        slow.push(stream);
+        if slow.len() % 20 == 0 {
+            assert_eq!(
+                daemon.get("/health", &[]).status,
+                204,
+                "beside {} slow heads",
+                slow.len()
+            );
+            bystander.works();
+        }
+    }
+    Bystander::of(&daemon, &target).works();
+    let let_go = rest(&mut slow[0]);
+    assert!(
+        let_go.starts_with(b"HTTP/1.1 408 "),
+        "{}",
+        String::from_utf8_lossy(&let_go)
+    );
+    daemon.logged(1, &["refused:", "status=408", "connection limit"]);
+}
+
+#[test]
+fn a_burst_of_500_connections_is_served() {
+    let daemon = Daemon::start(&[]);
+    let mut streams: Vec<_> = (0..500).map(|_| daemon.connect()).collect();
+    for stream in &mut streams {
+        stream
+            .write_all(request("GET", "/health", &[]).as_bytes())
+            .unwrap();
+    }
+    let served = streams
+        .iter_mut()
+        .filter(|stream| rest(&mut stream.try_clone().unwrap()).starts_with(b"HTTP/1.1 204 "));
+    assert_eq!(served.count(), 500);
+}
+
+#[test]
+fn over_the_limit_503_needs_no_thread() {
+    let daemon = Daemon::start(&["--max-connections", "2"]);
+    let target = Target::echo();
+    let mut bystanders = [
+        Bystander::of(&daemon, &target),
+        Bystander::of(&daemon, &target),
+    ];
+    thread::sleep(Duration::from_millis(50));
+    let threads = daemon.threads();
+    let mut held: Vec<_> = (0..200).map(|_| daemon.connect()).collect();
+    assert!(
+        daemon.threads() <= threads,
+        "{threads} threads, then {}",
+        daemon.threads()
+    );
+    for stream in held.iter_mut().skip(190) {
+        assert!(rest(stream).starts_with(b"HTTP/1.1 503 "));
+    }
+    bystanders.iter_mut().for_each(Bystander::works);
+}
+
+#[test]
+fn clients_that_never_read_their_answer_are_let_go() {
+    let daemon = Daemon::start(&[]);
+    daemon.get("/health", &[]);
+    let before = (daemon.threads(), daemon.descriptors());
+    let ask = || {
+        let mut stream = daemon.connect();
+        stream
+            .write_all(request("GET", "/openapi.yaml", &[]).as_bytes())
+            .unwrap();
+        stream
+    };
+    let _held: Vec<_> = (0..50).map(|_| ask()).collect();
+    daemon.is_back_at(before);
+}
+
+// Descriptors and threads
+
+#[test]
+fn running_out_of_descriptors_is_survived() {
+    let daemon = Daemon::spawn(limited(&["--nofile=48"], &[]));
+    daemon.logged(1, &["WARN", "48 descriptors allow", "raise RLIMIT_NOFILE"]);
+    let target = Target::echo();
+    let mut bystander = Bystander::of(&daemon, &target);
+    for _ in 0..3 {
+        let held: Vec<_> = (0..100).map(|_| daemon.connect()).collect();
+        bystander.works();
+        drop(held);
+        within(LIMIT, "it serves again", || {
+            let mut stream = daemon.connect();
+            stream
+                .write_all(request("GET", "/health", &[]).as_bytes())
+                .ok()?;
+            rest(&mut stream)
+                .starts_with(b"HTTP/1.1 204 ")
+                .then_some(())
+        });
+        bystander.works();
+    }
+    assert!(daemon.log().lines().count() < 200, "{}", daemon.log());
+}
+
+#[test]
+fn too_few_descriptors_for_one_connection_are_said_at_start() {
+    let (code, stderr) = fails_to_start(limited(&["--nofile=24"], &[]));
+    assert!(code == 1 || code == 2, "{code}: {stderr}");
+    assert!(stderr.contains("RLIMIT_NOFILE"), "{stderr}");
+}
+
+/// Lowers a limit of the running daemon.
+fn set_limit(daemon: &Daemon, limit: &str) {
+    let pid = daemon.pid().as_raw_nonzero().to_string();
+    assert!(
+        Command::new("prlimit")
+            .args(["--pid", &pid, limit])
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+#[test]
+fn a_tiny_http_that_died_of_missing_descriptors_is_replaced() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::echo();
+    let mut bystander = Bystander::of(&daemon, &target);
+    for _ in 0..3 {
+        // Room for a connection and its private socket, but not for what tiny_http needs behind it.
+        let room = daemon.descriptors() + 2;
+        set_limit(&daemon, &format!("--nofile={room}:"));
+        let mut stream = daemon.connect();
+        stream
+            .write_all(request("GET", "/health", &[]).as_bytes())
+            .unwrap();
+        // The fresh one may find room in what the failed one left.
+        let answer = rest(&mut stream);
+        let served = [&b"HTTP/1.1 204 "[..], b"HTTP/1.1 503 "]
+            .iter()
+            .any(|line| answer.starts_with(line));
+        assert!(served, "{}", String::from_utf8_lossy(&answer));
+        bystander.works();
+        set_limit(&daemon, "--nofile=1024:");
+        within(LIMIT, "it serves again", || {
+            (daemon.get("/health", &[]).status == 204).then_some(())
+        });
+        bystander.works();
+    }
+    daemon.logged(1, &["WARN", "tiny_http failed and is replaced"]);
+}
+
+#[test]
+fn threads_that_cannot_start_are_survived() {
+    // The limit counts all threads of a user, and root has none: a user of our own.
+    let uid = 61_000 + std::process::id() % 4000;
+    let mut command = Command::new("setpriv");
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("tunneld");
+    std::fs::copy(env!("CARGO_BIN_EXE_tunneld"), &program).unwrap();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(directory.path(), open).unwrap();
+    command
+        .args([
+            &format!("--reuid={uid}"),
+            "--clear-groups",
+            "--",
+            "prlimit",
+            "--nproc=24",
+            "--",
+        ])
+        .arg(&program);
+    command.args(["--listen", "127.0.0.1:0"]);
+    let can = Command::new("setpriv")
+        .args([&format!("--reuid={uid}"), "--clear-groups", "--", "true"])
+        .status();
+    if !can.is_ok_and(|status| status.success()) {
+        println!("skipped: needs root to become another user");
+        return;
+    }
+    let mut daemon = Daemon::spawn(command);
+    let target = Target::echo();
+    let mut bystander = Bystander::of(&daemon, &target);
+    for _ in 0..3 {
+        let mut held: Vec<_> = (0..60).map(|_| daemon.connect()).collect();
+        for stream in &mut held {
+            let _ = stream.write_all(
+                request("GET", &format!("/tunnel?port={}", target.port), &UPGRADE).as_bytes(),
+            );
+        }
+        bystander.works();
+        drop(held);
+        within(LIMIT, "it serves again", || {
+            let mut stream = daemon.connect();
+            let _ = stream.write_all(request("GET", "/health", &[]).as_bytes());
+            rest(&mut stream)
+                .starts_with(b"HTTP/1.1 204 ")
+                .then_some(())
+        });
+        bystander.works();
+    }
+    assert!(daemon.is_running());
+    assert!(daemon.log().lines().count() < 1000);
+}
+
+// Frames
+
+/// The most that one tunnel may cost, as the README says.
+const TUNNEL_KIB: u64 = 256;
+
+#[test]
+fn no_frames_make_a_tunnel_bigger_than_its_bound() {
+    let daemon = Daemon::start(&["--stall-timeout", "5m"]);
+    let target = Target::echo();
+    Bystander::of(&daemon, &target).works();
+    let mut bystander = Bystander::of(&daemon, &target);
+    let before = daemon.resident();
+    let huge =
+        |first: u8, length: u64| [&[first, 0xff][..], &length.to_be_bytes(), &[0; 4]].concat();
+    let attacks: Vec<(&str, Vec<u8>, Vec<u8>)> = vec![
+        (
+            "a frame of 2^62 bytes",
+            huge(0x82, 1 << 62),
+            vec![0; 60_000],
+        ),
+        (
+            "a frame of 2^63 bytes",
+            huge(0x82, 1 << 63),
+            vec![0; 60_000],
+        ),
+        ("a ping of 2^40 bytes", huge(0x89, 1 << 40), vec![0; 60_000]),
+        ("a ping of 32 KiB", huge(0x89, 32 * 1024), vec![0; 60_000]),
+        (
+            "a text of 2^50 bytes",
+            huge(0x81, 1 << 50),
+            vec![b'x'; 60_000],
+        ),
+        (
+            "endless fragments",
+            frame(0x02, b"x"),
+            frame(0x00, b"y").repeat(5000),
+        ),
+        (
+            "endless empty fragments",
+            frame(0x02, b""),
+            frame(0x00, b"").repeat(5000),
+        ),
+        (
+            "a flood of pings",
+            vec![],
+            frame(0x89, &[1; 125]).repeat(500),
+        ),
+        (
+            "a flood of pongs",
+            vec![],
+            frame(0x8a, &[1; 125]).repeat(500),
+        ),
+        (
+            "a flood of empty frames",
+            vec![],
+            frame(0x82, b"").repeat(10_000),
+        ),
+    ];
+    let clients: Vec<_> = attacks
+        .iter()
+        .map(|(_, first, flood)| {
+            let mut client = Client::open(&daemon, target.port);
+            client
+                .stream
+                .set_write_timeout(Some(Duration::from_millis(200)))
+                .unwrap();
+            let _ = client.stream.write_all(first);
+            let until = Instant::now() + Duration::from_millis(300);
+            while Instant::now() < until && client.stream.write_all(flood).is_ok() {}
+            client
+        })
+        .collect();
+    let bound = before + TUNNEL_KIB * attacks.len() as u64;
+    assert!(
+        daemon.resident() < bound,
+        "{before} KiB, then {} KiB",
+        daemon.resident()
+    );
+    bystander.works();
+    drop(clients);
+    assert_eq!(daemon.get("/health", &[]).status, 204);
+}
+
+#[test]
+fn random_bytes_after_the_upgrade_end_only_their_own_tunnel() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::echo();
+    let mut bystander = Bystander::of(&daemon, &target);
+    daemon.get("/health", &[]);
+    let before = (daemon.threads() + 4, daemon.descriptors());
+    let mut random = Random::new(77);
+    for _ in 0..200 {
+        let mut client = Client::open(&daemon, target.port);
+        let size = 1 + random.below(3000);
+        let bytes = random.bytes(size);
+        let _ = client.stream.write_all(&bytes);
+        let _ = client.stream.shutdown(std::net::Shutdown::Write);
+        match client.stream.read_to_end(&mut Vec::new()) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+        }
+        bystander.works();
+    }
+    daemon.is_back_at(before);
+}
+
+// The log
+
+#[test]
+fn a_flood_of_refusals_is_summarised() {
+    let daemon = Daemon::start(&[]);
+    for _ in 0..400 {
+        assert_eq!(daemon.get("/nothing", &[]).status, 404);
+    }
+    thread::sleep(Duration::from_millis(1100));
+    daemon.get("/nothing", &[]);
+    daemon.logged(1, &["WARN", "more refusals were not logged"]);
+    assert!(daemon.log().matches("refused:").count() < 200);
+}
