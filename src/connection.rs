@@ -12,7 +12,6 @@ use tiny_http::HTTPVersion;
 use crate::config::Config;
 use crate::connections::Permit;
 use crate::dial::{DialError, Target, dial};
-use crate::http::Request;
 use crate::http::answer::Answer;
 use crate::http::backend::{Backend, Rejected};
 use crate::http::routes::{Rules, Upgrade, route};
@@ -46,19 +45,22 @@ struct Refused {
     to_head: bool,
 }
 
-/// A request that has been answered with a 101, and what the tunnel needs.
-struct Upgraded {
+/// A request that may be answered with a 101, and what the tunnel needs.
+struct Upgradable {
     target: TargetSocket,
     name: Target,
     address: SocketAddr,
     early: Vec<u8>,
+    answer: Vec<u8>,
 }
 
 /// Serves `client` until it is closed.
 pub fn serve(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, permit: &Permit) {
     let _ = client.set_nodelay(true);
-    match upgrade(context, &client, permit) {
-        Ok(upgraded) => relay(context, &client, peer, permit, upgraded),
+    let served = upgrade(context, &client, permit)
+        .and_then(|ready| tunnel(context, &client, peer, permit, ready));
+    match served {
+        Ok(()) => {}
         Err(Some(refused)) => {
             log_answer(peer, &refused.answer);
             let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
@@ -71,19 +73,13 @@ pub fn serve(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, permit
     }
 }
 
-/// From the first byte to the 101.
+/// From the first byte to the connected target.
 fn upgrade(
     context: &Context,
     client: &TcpStream,
     permit: &Permit,
-) -> Result<Upgraded, Option<Refused>> {
-    let plain = |answer| {
-        Some(Refused {
-            answer,
-            version: HTTPVersion(1, 1),
-            to_head: false,
-        })
-    };
+) -> Result<Upgradable, Option<Refused>> {
+    let plain = |answer| Some(Refused::plain(answer));
     let deadline = Instant::now() + context.config.head_timeout;
     let head = request_head::read(client, deadline);
     if !permit.answering() {
@@ -115,12 +111,14 @@ fn upgrade(
             "no room for a tunnel, try again: {error}"
         )))
     })?;
-    switch_protocols(client, &request, accept).map_err(|_| None)?;
-    Ok(Upgraded {
+    client.set_read_timeout(None).map_err(|_| None)?;
+    let answer = Answer::switching_protocols(accept).to_bytes(&request.version, false);
+    Ok(Upgradable {
         target,
         name,
         address,
         early,
+        answer,
     })
 }
 
@@ -129,37 +127,56 @@ fn taken_over(stream: TcpStream) -> io::Result<(TargetSocket, SocketAddr)> {
     Ok((TargetSocket::new(stream)?, address))
 }
 
-fn switch_protocols(mut client: &TcpStream, request: &Request, accept: String) -> io::Result<()> {
-    client.set_read_timeout(None)?;
-    client.write_all(&Answer::switching_protocols(accept).to_bytes(&request.version, false))
-}
-
-/// The tunnel, and the lingering close behind it.
-fn relay(
+/// The 101, the tunnel, and the lingering close behind it.
+fn tunnel(
     context: &Context,
     client: &TcpStream,
     peer: SocketAddr,
     permit: &Permit,
-    upgraded: Upgraded,
-) {
-    let Upgraded {
+    ready: Upgradable,
+) -> Result<(), Option<Refused>> {
+    let Upgradable {
         target,
         name,
         address,
         early,
-    } = upgraded;
-    let (id, times) = (permit.id, context.config.times);
-    log::info!("tunnel opened: id={id} peer={peer} target={name} address={address}");
+        answer,
+    } = ready;
+    let tunnel = format!(
+        "id={} peer={peer} target={name} address={address}",
+        permit.id
+    );
+    let times = context.config.times;
+    let open = || {
+        log::info!("tunnel opened: {tunnel}");
+        (&mut &*client).write_all(&answer)
+    };
     let state = Arc::new(State::new());
     permit.tunneling(&state);
-    let outcome = tunnel::run(client, early, target, times, &state);
+    let outcome = tunnel::run(client, early, target, times, &state, open).map_err(|error| {
+        Some(Refused::plain(Answer::unavailable(format!(
+            "no thread for a tunnel, try again: {error}"
+        ))))
+    })?;
     let (up, down) = state.counts();
     let (duration, reason) = (state.age().as_secs_f64(), &outcome.reason);
     log::info!(
-        "tunnel closed: id={id} peer={peer} target={name} address={address} up={up} down={down} duration={duration:.3}s reason={reason:?}"
+        "tunnel closed: {tunnel} up={up} down={down} duration={duration:.3}s reason={reason:?}"
     );
     if outcome.client_is_there {
         drain(client, times.linger);
+    }
+    Ok(())
+}
+
+impl Refused {
+    /// An answer that knows nothing of its request.
+    fn plain(answer: Answer) -> Refused {
+        Refused {
+            answer,
+            version: HTTPVersion(1, 1),
+            to_head: false,
+        }
     }
 }
 

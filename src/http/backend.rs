@@ -96,7 +96,12 @@ impl Backend {
         for _ in 0..3 {
             let Some(server) = self.server() else { break };
             match server.parse(ticket, head) {
-                Ok(request) => return Ok(request),
+                Ok(request) => {
+                    return Ok(Request {
+                        has_body: head.has_body,
+                        ..request
+                    });
+                }
                 Err(Failure::HungUp) if hung_up => return Err(Rejected::Malformed),
                 // Its accept thread may have panicked with this connection in hand; then the next one shows it.
                 Err(Failure::HungUp) => hung_up = true,

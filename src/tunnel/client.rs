@@ -41,8 +41,19 @@ pub struct ClientWriter<'a> {
 /// Held while a frame is written.
 #[derive(Debug, Default)]
 struct Turn {
-    /// A Close has been sent; nothing may follow it (RFC 6455 §5.5.1).
+    /// A Close has been sent, or there is no WebSocket; nothing may follow (RFC 6455 §5.5.1).
     closed: bool,
+}
+
+/// A turn in which nothing is sent.
+#[derive(Debug)]
+pub struct Held<'a>(MutexGuard<'a, Turn>);
+
+impl Held<'_> {
+    /// Lets nothing be sent any more, ever.
+    pub fn forbid(mut self) {
+        self.0.closed = true;
+    }
 }
 
 /// What is to be sent as soon as it can be. A newer pong replaces an older one (RFC 6455 §5.5.3); of
@@ -72,6 +83,11 @@ impl<'a> ClientWriter<'a> {
             due: Mutex::default(),
             has_due: AtomicBool::new(false),
         }
+    }
+
+    /// Lets nothing be sent until the returned guard is dropped.
+    pub fn hold(&self) -> Held<'_> {
+        Held(lock(&self.turn))
     }
 
     /// Sends a binary message: the payload is `buffer[HEADER_ROOM..]`, not empty and at most

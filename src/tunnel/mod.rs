@@ -45,7 +45,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
 use socket2::SockRef;
-use tungstenite::protocol::frame::coding::CloseCode;
 
 use crate::config::Times;
 use client::ClientWriter;
@@ -72,15 +71,19 @@ pub struct Outcome {
     pub client_is_there: bool,
 }
 
-/// Relays between `client`, which has been sent a 101, and `target`, until both directions have ended; and
-/// closes the target. `early` is what the client sent behind its request head.
+/// Relays between `client` and `target` until both directions have ended; and closes the target. `early` is
+/// what the client sent behind its request head. `open`, called once everything is ready, sends the 101.
+///
+/// # Errors
+/// When a thread can't start. Then nothing has been sent to the client.
 pub fn run(
     client: &TcpStream,
     early: Vec<u8>,
     target: TargetSocket,
     times: Times,
     state: &State,
-) -> Outcome {
+    open: impl FnOnce() -> io::Result<()>,
+) -> io::Result<Outcome> {
     limit_unsent(client);
     let writer = ClientWriter::new(client, state);
     let tunnel = Tunnel {
@@ -91,18 +94,32 @@ pub fn run(
     };
     let keepalive = Keepalive::new(client, &target, &writer, state, times);
     thread::scope(|scope| {
+        // Nothing may go out before the 101.
+        let turn = writer.hold();
         let outbound = named("outbound").spawn_scoped(scope, || tunnel.outbound());
         let keepalive = named("keepalive").spawn_scoped(scope, || tunnel.keepalive(keepalive));
-        match outbound.and(keepalive) {
-            Ok(_) => tunnel.inbound(early),
-            Err(error) => tunnel.cannot_start(&error),
+        if let Err(error) = outbound.and(keepalive) {
+            turn.forbid();
+            tunnel.send_home();
+            return Err(error);
         }
-    });
+        let opened = open();
+        drop(turn);
+        match opened {
+            Ok(()) => tunnel.inbound(|| tunnel.relay_inbound(early)),
+            Err(error) => tunnel.inbound(|| InboundEnd::Vanished(error.to_string())),
+        }
+        Ok(())
+    })?;
     let outcome = outcome(&state.ends());
     if !outcome.is_orderly {
         target.break_off();
     }
-    outcome
+    Ok(outcome)
+}
+
+fn named(name: &str) -> thread::Builder {
+    thread::Builder::new().name(name.into()).stack_size(STACK)
 }
 
 /// Without it, or where the system doesn't know it, a slow peer is only seen less often.
@@ -110,10 +127,6 @@ fn limit_unsent(stream: &TcpStream) {
     if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_LIMIT) {
         log::debug!("cannot limit unsent bytes: {error}");
     }
-}
-
-fn named(name: &str) -> thread::Builder {
-    thread::Builder::new().name(name.into()).stack_size(STACK)
 }
 
 /// What the threads of a tunnel share.
@@ -125,8 +138,11 @@ struct Tunnel<'a> {
 }
 
 impl Tunnel<'_> {
-    fn inbound(&self, early: Vec<u8>) {
-        let relay = || inbound::relay(self.client, early, self.target, self.writer, self.state);
+    fn relay_inbound(&self, early: Vec<u8>) -> InboundEnd {
+        inbound::relay(self.client, early, self.target, self.writer, self.state)
+    }
+
+    fn inbound(&self, relay: impl FnOnce() -> InboundEnd) {
         let end = caught(relay).unwrap_or(InboundEnd::Panicked);
         match &end {
             InboundEnd::Close | InboundEnd::CloseUndelivered(_) => {}
@@ -160,18 +176,12 @@ impl Tunnel<'_> {
         self.target.break_off();
     }
 
-    /// The thread that did start is sent home.
-    fn cannot_start(&self, error: &io::Error) {
-        self.writer
-            .set_close(CloseCode::Again, "no thread for this tunnel, try again");
-        self.writer.flush();
+    /// Ends the thread that did start.
+    fn send_home(&self) {
         self.target.break_off();
         self.state.change(|ends| {
-            ends.inbound = Some(InboundEnd::Refused(
-                CloseCode::Again,
-                format!("no thread: {error}"),
-            ));
-            ends.outbound.get_or_insert(OutboundEnd::BrokenOff);
+            ends.inbound = Some(InboundEnd::Panicked);
+            ends.outbound.get_or_insert(OutboundEnd::Panicked);
         });
     }
 }
@@ -244,6 +254,7 @@ impl fmt::Display for Undelivered {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tungstenite::protocol::frame::coding::CloseCode;
 
     fn reason(inbound: InboundEnd, outbound: OutboundEnd, cut: Option<Cut>) -> (String, bool) {
         let ends = Ends {
