@@ -253,13 +253,12 @@ fn deliver(server: &Server, awaited: &Awaited) {
             .filter(|header| header.field.equiv(TICKET));
         let ticket = ticket.and_then(|header| header.value.as_str().parse::<u64>().ok());
         let sender = ticket.and_then(|ticket| lock(&awaited.by_ticket).remove(&ticket));
-        let parsed = Request {
-            method: request.method().clone(),
-            target: request.url().to_owned(),
-            version: request.http_version().clone(),
-            has_body: false,
-            headers: request.headers().iter().skip(1).cloned().collect(),
-        };
+        let parsed = Request::new(
+            request.method().clone(),
+            request.url().to_owned(),
+            request.http_version().clone(),
+            request.headers().iter().skip(1).cloned().collect(),
+        );
         // Taking the writer keeps tiny_http from answering by itself and frees its thread.
         drop(request.into_writer());
         if let Some(sender) = sender {

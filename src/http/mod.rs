@@ -34,6 +34,22 @@ pub struct Request {
 }
 
 impl Request {
+    /// A request with these headers, in their order, and without a body.
+    pub fn new(
+        method: Method,
+        target: String,
+        version: HTTPVersion,
+        headers: Vec<Header>,
+    ) -> Request {
+        Request {
+            method,
+            target,
+            version,
+            has_body: false,
+            headers,
+        }
+    }
+
     /// The values of all headers of this name, in their order.
     pub fn headers(&self, name: &str) -> Vec<&str> {
         let named = self

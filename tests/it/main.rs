@@ -9,6 +9,7 @@ mod hostile;
 mod keepalive;
 mod network;
 mod openapi;
+mod properties;
 mod relay;
 mod shutdown;
 mod soak;
