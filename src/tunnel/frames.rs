@@ -11,15 +11,15 @@ use std::io::{self, Cursor, IoSliceMut, Read};
 use tungstenite::protocol::frame::FrameHeader;
 use tungstenite::protocol::frame::coding::{Data, OpCode};
 
-/// A piece's header: two bytes, a 16-bit length, the mask (RFC 6455 §5.2). The short length form isn't
-/// used, so that the header's place is known before the piece's length is.
-const PIECE_HEADER: usize = 8;
+/// A long piece's header: two bytes, a 64-bit length, the mask (RFC 6455 §5.2). The other forms of the
+/// length aren't used, so that the header's place is known before the piece's length is.
+pub const PIECE_HEADER: usize = 14;
 
-/// The most bytes in a piece, the most its length field can say.
-const MAX_PIECE: usize = u16::MAX as usize;
+/// A short piece's header, with the length in the second byte, for when tungstenite's buffer is nearly full.
+const SHORT_HEADER: usize = 6;
 
-/// How far the socket is read ahead of the frame being handed on.
-const READ_AHEAD: usize = 4 * 1024;
+/// The most bytes in a short piece.
+const SHORT_PIECE: usize = 125;
 
 /// An empty masked text frame: enough for tungstenite to report a text message, whatever its length.
 const EMPTY_TEXT: &[u8] = &[0x81, 0x80, 0, 0, 0, 0];
@@ -32,9 +32,14 @@ const UNFINISHED_BINARY: &[u8] = &[0x02, 0x80, 0, 0, 0, 0];
 #[derive(Debug)]
 pub struct Frames<R> {
     inner: R,
-    /// Bytes read but not handed on: `ahead[at..]`.
+    /// Bytes read but not handed on: `ahead[at..end]`.
     ahead: Vec<u8>,
     at: usize,
+    end: usize,
+    /// How many bytes a read of the socket asks for, where a frame doesn't end before.
+    room: usize,
+    /// The last read of the socket brought all it asked for.
+    was_full: bool,
     /// Whether a fragmented message is open (RFC 6455 §5.4).
     in_message: bool,
     next: Next,
@@ -53,30 +58,81 @@ enum Next {
 }
 
 impl<R: Read> Frames<R> {
-    /// Frames read from `inner`, with the bytes of `early` before them.
-    pub fn new(inner: R, early: Vec<u8>) -> Frames<R> {
+    /// Frames read from `inner`, about `room` bytes at a time, with the bytes of `early` before them.
+    pub fn new(inner: R, early: Vec<u8>, room: usize) -> Frames<R> {
+        let end = early.len();
         Frames {
             inner,
             ahead: early,
             at: 0,
+            end,
+            room,
+            was_full: false,
             in_message: false,
             next: Next::Header,
         }
     }
 
+    /// Changes how much is read at a time, and gives back memory that needs no longer be held.
+    pub fn set_room(&mut self, room: usize) {
+        self.room = room;
+        self.was_full = false;
+        self.ahead = self.buffered().to_vec();
+        (self.at, self.end) = (0, self.ahead.len());
+    }
+
+    /// Whether the last read of the socket brought all it asked for, so that more may be there.
+    pub fn was_full(&self) -> bool {
+        self.was_full
+    }
+
+    /// Whether all that was handed on are whole frames.
+    pub fn is_between_frames(&self) -> bool {
+        !matches!(self.next, Next::Through { left: 1.. } | Next::Fault { .. })
+    }
+
+    /// Whether the next message, or piece of one, is here already, so that it can be read without waiting.
+    pub fn has_more(&self) -> bool {
+        let buffered = self.buffered().len() as u64;
+        match self.next {
+            Next::Payload { left: 0, .. } | Next::Through { left: 0 } | Next::Header => {}
+            Next::Payload { .. } => return buffered > 0,
+            Next::Through { left } => return buffered >= left,
+            Next::Fault { .. } => return false,
+        }
+        let mut cursor = Cursor::new(self.buffered());
+        match FrameHeader::parse(&mut cursor) {
+            // An empty data frame brings no message, and a faulty one may need more bytes to be one.
+            Ok(Some((header, payload))) if matches!(header.opcode, OpCode::Data(_)) => {
+                payload > 0 && buffered > cursor.position() && is_sound(&header, payload)
+            }
+            Ok(Some((_, payload))) => buffered - cursor.position() >= payload,
+            Ok(None) | Err(_) => false,
+        }
+    }
+
     fn buffered(&self) -> &[u8] {
-        &self.ahead[self.at..]
+        &self.ahead[self.at..self.end]
+    }
+
+    /// Makes room for `wanted` bytes behind the buffered ones.
+    fn make_room(&mut self, wanted: usize) {
+        self.ahead.copy_within(self.at..self.end, 0);
+        (self.at, self.end) = (0, self.end - self.at);
+        if self.ahead.len() < self.end + wanted {
+            self.ahead.resize(self.end + wanted, 0);
+        }
     }
 
     /// Reads more into the buffer, behind what is in it. `false` at the end of the stream.
     fn fill(&mut self) -> io::Result<bool> {
-        self.ahead.drain(..self.at);
-        self.at = 0;
-        let old = self.ahead.len();
-        self.ahead.resize(old + READ_AHEAD, 0);
-        let read = self.inner.read(&mut self.ahead[old..]);
-        self.ahead.truncate(old + *read.as_ref().unwrap_or(&0));
-        Ok(read? > 0)
+        self.make_room(self.room);
+        let read = self
+            .inner
+            .read(&mut self.ahead[self.end..self.end + self.room])?;
+        self.was_full = read == self.room;
+        self.end += read;
+        Ok(read > 0)
     }
 
     /// Takes the next header off the buffer and decides what becomes of its frame. `false` if it isn't
@@ -97,11 +153,7 @@ impl<R: Read> Frames<R> {
     }
 
     fn judge(&mut self, header: &FrameHeader, length: u64, payload: u64) -> Next {
-        let reserved = header.rsv1 || header.rsv2 || header.rsv3;
-        let Some(mask) = header
-            .mask
-            .filter(|_| !reserved && payload <= i64::MAX as u64)
-        else {
+        let Some(mask) = header.mask.filter(|_| is_sound(header, payload)) else {
             return Next::Fault { first: &[] };
         };
         match header.opcode {
@@ -138,44 +190,59 @@ impl<R: Read> Frames<R> {
     /// Hands a piece on: read straight into its place when nothing is buffered, with what lies behind the
     /// frame going into the buffer.
     fn read_piece(&mut self, buffer: &mut [u8], left: u64, mask: [u8; 4]) -> io::Result<usize> {
-        let room = buffer.len().min(PIECE_HEADER + MAX_PIECE);
-        let room = usize::try_from(left)
-            .unwrap_or(usize::MAX)
-            .min(room.saturating_sub(PIECE_HEADER));
-        let (header, place) = buffer.split_at_mut(PIECE_HEADER);
+        let is_short = buffer.len() < SHORT_HEADER + SHORT_PIECE;
+        let (header, place) =
+            buffer.split_at_mut(if is_short { SHORT_HEADER } else { PIECE_HEADER });
+        let room = usize::try_from(left).unwrap_or(usize::MAX).min(place.len());
         let count = if self.buffered().is_empty() {
-            self.read_payload(&mut place[..room])?
+            self.read_payload(&mut place[..room], left)?
         } else {
             self.read_through(&mut place[..room], left)?
         };
         if count == 0 {
             return Ok(0);
         }
-        let size = (count as u16).to_be_bytes();
-        header.copy_from_slice(&[
-            0x82, 0xfe, size[0], size[1], mask[0], mask[1], mask[2], mask[3],
-        ]);
+        if is_short {
+            header[..2].copy_from_slice(&[0x82, 0x80 | count as u8]);
+        } else {
+            header[..2].copy_from_slice(&[0x82, 0xff]);
+            header[2..10].copy_from_slice(&(count as u64).to_be_bytes());
+        }
+        let length = header.len();
+        header[length - 4..].copy_from_slice(&mask);
         let mut mask = mask;
         mask.rotate_left(count % 4);
         self.next = match left - count as u64 {
             0 => Next::Header,
             left => Next::Payload { left, mask },
         };
-        Ok(PIECE_HEADER + count)
+        Ok(length + count)
     }
 
-    fn read_payload(&mut self, place: &mut [u8]) -> io::Result<usize> {
-        self.ahead.clear();
-        self.at = 0;
-        self.ahead.resize(READ_AHEAD, 0);
+    /// Where the frame ends in this read, the next frame's header at least comes along.
+    fn read_payload(&mut self, place: &mut [u8], left: u64) -> io::Result<usize> {
         let room = place.len();
-        let read = self
+        if left > room as u64 {
+            let count = self.inner.read(place)?;
+            self.was_full = count == room;
+            return Ok(count);
+        }
+        let behind = self.room.saturating_sub(room).max(PIECE_HEADER);
+        self.make_room(behind);
+        let ahead = &mut self.ahead[..behind];
+        let count = self
             .inner
-            .read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)]);
-        let count = *read.as_ref().unwrap_or(&0);
-        self.ahead.truncate(count.saturating_sub(room));
-        read.map(|count| count.min(room))
+            .read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(ahead)])?;
+        self.was_full = count == room + behind;
+        self.end = count.saturating_sub(room);
+        Ok(count.min(room))
     }
+}
+
+/// Whether a frame's header may stand alone: masked, without reserved bits, its length below 2^63.
+fn is_sound(header: &FrameHeader, payload: u64) -> bool {
+    let reserved = header.rsv1 || header.rsv2 || header.rsv3;
+    header.mask.is_some() && !reserved && payload <= i64::MAX as u64
 }
 
 impl<R: Read> Read for Frames<R> {
@@ -270,7 +337,11 @@ mod tests {
         let config = WebSocketConfig::default()
             .read_buffer_size(buffer)
             .max_frame_size(Some(64 * 1024));
-        let frames = Frames::new(Trickle(&bytes[early..], step), bytes[..early].to_vec());
+        let frames = Frames::new(
+            Trickle(&bytes[early..], step),
+            bytes[..early].to_vec(),
+            buffer,
+        );
         let mut socket = WebSocket::from_raw_socket(Sink(frames), Role::Server, Some(config));
         let mut messages = Vec::new();
         loop {

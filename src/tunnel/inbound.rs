@@ -5,6 +5,7 @@
 
 use std::io::{self, IoSliceMut, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use tungstenite::error::ProtocolError;
@@ -13,12 +14,19 @@ use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Error, Message, WebSocket};
 
 use super::client::{ClientWriter, Flushed};
-use super::frames::Frames;
+use super::frames::{Frames, PIECE_HEADER};
 use super::state::{InboundEnd, State, Undelivered};
 use super::target::TargetSocket;
 
-/// tungstenite's read buffer. It is zeroed before each read, so a larger one costs more than it saves.
-const READ_BUFFER: usize = 32 * 1024;
+/// How much is read at a time from a client that sends little.
+const SMALL: usize = 2 * 1024;
+
+/// And from one that sends as fast as it can. tungstenite zeroes its buffer before each read, so a larger one
+/// costs more than it saves.
+const LARGE: usize = 64 * 1024;
+
+/// How long a client must be silent to be one that sends little.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// What a text message is answered with, in a Close 1003.
 const NO_TEXT: &str = "binary frames only (websocat: --binary)";
@@ -34,35 +42,117 @@ pub fn relay(
     writer: &ClientWriter<'_>,
     state: &State,
 ) -> InboundEnd {
-    let frames = Frames::new(
-        ClientReader {
-            stream: client,
-            writer,
-            state,
-        },
-        early,
-    );
-    let config = WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER)
-        .max_frame_size(Some(READ_BUFFER));
-    let mut socket = WebSocket::from_raw_socket(
-        Mute(frames),
-        Role::Server,
-        Some(config.write_buffer_size(0)),
-    );
-    let mut undelivered = None;
+    let reader = ClientReader {
+        stream: client,
+        writer,
+        state,
+    };
+    let mut socket = socket(Frames::new(reader, early, SMALL), SMALL);
+    let mut room = SMALL;
+    let mut delivery = Delivery {
+        target,
+        state,
+        pending: Vec::new(),
+        undelivered: None,
+    };
     loop {
+        if !socket.get_ref().0.has_more() {
+            delivery.flush();
+        }
         match socket.read() {
-            Ok(Message::Binary(bytes)) if bytes.is_empty() || undelivered.is_some() => {}
-            Ok(Message::Binary(bytes)) => undelivered = target.deliver(&bytes, state).err(),
+            Ok(Message::Binary(bytes)) => delivery.take(&bytes),
             Ok(Message::Ping(payload)) => writer.answer_ping(payload),
             Ok(Message::Pong(payload)) => note_pong(&payload, state),
-            Ok(Message::Close(frame)) => return closed(frame, undelivered, target),
+            Ok(Message::Close(frame)) => return closed(frame, delivery.finish(), target),
             Ok(Message::Text(_)) => {
+                delivery.flush();
                 return InboundEnd::Refused(CloseCode::Unsupported, NO_TEXT.into());
             }
             Ok(Message::Frame(_)) => {}
-            Err(error) => return failed(error),
+            Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                if !socket.get_ref().0.is_between_frames() {
+                    continue;
+                }
+                (socket, room) = resized(socket, SMALL);
+                delivery.pending = Vec::new();
+                let _ = client.set_read_timeout(None);
+            }
+            Err(error) => {
+                delivery.flush();
+                return failed(error);
+            }
+        }
+        if room == SMALL && socket.get_ref().0.was_full() && socket.get_ref().0.is_between_frames()
+        {
+            (socket, room) = resized(socket, LARGE);
+            let _ = client.set_read_timeout(Some(QUIET));
+        }
+    }
+}
+
+type Socket<'a> = WebSocket<Mute<Frames<ClientReader<'a>>>>;
+
+fn socket<'a>(frames: Frames<ClientReader<'a>>, room: usize) -> Socket<'a> {
+    let config = WebSocketConfig::default()
+        .read_buffer_size(PIECE_HEADER + room)
+        .max_frame_size(Some(LARGE));
+    WebSocket::from_raw_socket(
+        Mute(frames),
+        Role::Server,
+        Some(config.write_buffer_size(0)),
+    )
+}
+
+/// The same socket with other buffers. [`Frames`] hands on whole frames, so tungstenite's is empty between
+/// two messages.
+fn resized<'a>(socket: Socket<'a>, room: usize) -> (Socket<'a>, usize) {
+    let mut frames = socket.into_inner().0;
+    frames.set_room(room);
+    (self::socket(frames, room), room)
+}
+
+/// Bytes on their way to the target. Short messages that are here already go together, as one send costs
+/// more than copying them.
+struct Delivery<'a> {
+    target: &'a TargetSocket,
+    state: &'a State,
+    pending: Vec<u8>,
+    undelivered: Option<Undelivered>,
+}
+
+impl Delivery<'_> {
+    /// Takes the bytes of one message, in their order. They have gone on when [`Delivery::flush`] returns.
+    fn take(&mut self, bytes: &[u8]) {
+        /// The longest message worth copying.
+        const SHORT: usize = LARGE / 2;
+        if bytes.len() > SHORT || self.pending.len() + bytes.len() > LARGE {
+            self.flush();
+        }
+        if bytes.len() > SHORT {
+            self.deliver(bytes);
+        } else {
+            self.pending.extend_from_slice(bytes);
+        }
+    }
+
+    fn flush(&mut self) {
+        if !self.pending.is_empty() {
+            let pending = std::mem::take(&mut self.pending);
+            self.deliver(&pending);
+            self.pending = pending;
+            self.pending.clear();
+        }
+    }
+
+    /// The last bytes; and why the target could not be given all, if so.
+    fn finish(mut self) -> Option<Undelivered> {
+        self.flush();
+        self.undelivered
+    }
+
+    fn deliver(&mut self, bytes: &[u8]) {
+        if self.undelivered.is_none() {
+            self.undelivered = self.target.deliver(bytes, self.state).err();
         }
     }
 }

@@ -203,10 +203,10 @@ fn decoded(
     buffer: usize,
 ) -> (Vec<u8>, Vec<Message>, String) {
     let early = early.min(wire.len());
-    let frames = Frames::new(Pieces(&wire[early..], step), wire[..early].to_vec());
+    let frames = Frames::new(Pieces(&wire[early..], step), wire[..early].to_vec(), buffer);
     let config = WebSocketConfig::default()
         .read_buffer_size(buffer)
-        .max_frame_size(Some(32 * 1024));
+        .max_frame_size(Some(64 * 1024));
     let mut socket =
         WebSocket::from_raw_socket(Pieces(frames, usize::MAX), Role::Server, Some(config));
     let (mut bytes, mut others) = (Vec::new(), Vec::new());
