@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+use rustix::pipe::{SpliceFlags, splice};
 use tungstenite::Bytes;
 use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
 use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader};
@@ -97,7 +101,51 @@ impl<'a> ClientWriter<'a> {
     /// When the client takes no more: its connection failed, or a Close has been sent.
     pub fn send_message(&self, buffer: &mut [u8]) -> io::Result<()> {
         let payload = buffer.len() - HEADER_ROOM;
-        let frame = with_header(buffer)?;
+        let (header, length) = header(payload)?;
+        let start = HEADER_ROOM - length;
+        buffer[start..HEADER_ROOM].copy_from_slice(&header[..length]);
+        self.send_payload(payload, || (&mut &*self.stream).write_all(&buffer[start..]))
+    }
+
+    /// Sends a binary message whose payload is the `payload` bytes in `pipe`, at least one and at most
+    /// [`MAX_MESSAGE`], without copying them. Waits while the client is slow.
+    ///
+    /// # Errors
+    /// When the client takes no more: its connection failed, or a Close has been sent.
+    pub fn send_from(&self, pipe: &OwnedFd, payload: usize) -> io::Result<()> {
+        let (header, length) = header(payload)?;
+        self.send_payload(payload, || {
+            self.send_header(&header[..length])?;
+            let mut left = payload;
+            while left > 0 {
+                match splice(pipe, None, self.stream, None, left, SpliceFlags::MOVE) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(moved) => left -= moved,
+                    Err(Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The kernel keeps the header back to send it along with the payload.
+    fn send_header(&self, mut header: &[u8]) -> io::Result<()> {
+        while !header.is_empty() {
+            match send(self.stream, header, SendFlags::MORE | SendFlags::NOSIGNAL) {
+                Ok(sent) => header = &header[sent..],
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn send_payload(
+        &self,
+        payload: usize,
+        write: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
         let turn = lock(&self.turn);
         if turn.closed {
             return Err(io::Error::new(
@@ -106,7 +154,7 @@ impl<'a> ClientWriter<'a> {
             ));
         }
         let since = self.state.note_offered(payload);
-        (&mut &*self.stream).write_all(frame)?;
+        write()?;
         self.state.note_sent(payload, since);
         self.end_turn(turn)
     }
@@ -233,19 +281,17 @@ impl<'a> ClientWriter<'a> {
     }
 }
 
-/// Puts the header right before the payload and returns the frame.
-fn with_header(buffer: &mut [u8]) -> io::Result<&[u8]> {
+/// The header of a binary message, and its length.
+fn header(payload: usize) -> io::Result<([u8; HEADER_ROOM], usize)> {
     let header = FrameHeader {
         opcode: OpCode::Data(Data::Binary),
         ..FrameHeader::default()
     };
-    let payload = (buffer.len() - HEADER_ROOM) as u64;
-    let start = HEADER_ROOM - header.len(payload);
-    let mut place = &mut buffer[start..HEADER_ROOM];
+    let mut bytes = [0; HEADER_ROOM];
     header
-        .format(payload, &mut place)
+        .format(payload as u64, &mut &mut bytes[..])
         .map_err(io::Error::other)?;
-    Ok(&buffer[start..])
+    Ok((bytes, header.len(payload as u64)))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -224,9 +224,12 @@ impl ClientReader<'_> {
         }
     }
 
-    fn noted(&self, read: io::Result<usize>) -> io::Result<usize> {
-        if read.as_ref().is_ok_and(|&count| count > 0) {
+    fn noted(&self, read: io::Result<usize>, room: usize) -> io::Result<usize> {
+        if let Ok(count @ 1..) = read {
             self.state.note_heard();
+            if count < room {
+                super::acknowledge_at_once(self.stream);
+            }
         }
         read
     }
@@ -236,13 +239,15 @@ impl Read for ClientReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.flush_pong();
         let mut stream = self.stream;
-        self.noted(retried(|| stream.read(buffer)))
+        let room = buffer.len();
+        self.noted(retried(|| stream.read(buffer)), room)
     }
 
     fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         self.flush_pong();
         let mut stream = self.stream;
-        self.noted(retried(|| stream.read_vectored(buffers)))
+        let room = buffers.iter().map(|buffer| buffer.len()).sum();
+        self.noted(retried(|| stream.read_vectored(buffers)), room)
     }
 }
 

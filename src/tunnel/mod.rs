@@ -44,6 +44,7 @@ use std::net::{Shutdown, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
+use rustix::net::sockopt;
 use socket2::SockRef;
 
 use crate::config::Times;
@@ -127,6 +128,13 @@ fn limit_unsent(stream: &TcpStream) {
     if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_LIMIT) {
         log::debug!("cannot limit unsent bytes: {error}");
     }
+}
+
+/// Has the kernel acknowledge what was read now, not up to 40 ms later (`TCP_QUICKACK`, tcp(7)). A peer that
+/// leaves Nagle's algorithm on, as websocat does, holds its next small write back until then. It doesn't
+/// stick, so it is set again after each read that found less than it had room for.
+fn acknowledge_at_once(stream: &TcpStream) {
+    let _ = sockopt::set_tcp_quickack(stream, true);
 }
 
 /// What the threads of a tunnel share.

@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send, sockopt};
+use rustix::pipe::{SpliceFlags, splice};
 
 use super::state::{State, Undelivered};
 
@@ -40,6 +41,8 @@ pub enum Received {
     Failed(String),
     /// The tunnel was broken off.
     BrokenOff,
+    /// The system can't move bytes from this socket into a pipe.
+    Unsupported,
 }
 
 impl TargetSocket {
@@ -122,18 +125,40 @@ impl TargetSocket {
 
     /// Waits for bytes from the target.
     pub fn receive(&self, buffer: &mut [u8]) -> Received {
+        let room = buffer.len();
+        self.receive_by(room, |mut stream| stream.read(buffer))
+    }
+
+    /// Waits for bytes from the target and moves them into `pipe` without copying them, at most `limit`.
+    pub fn receive_into(&self, pipe: &OwnedFd, limit: usize) -> Received {
+        self.receive_by(limit, |stream| {
+            Ok(splice(stream, None, pipe, None, limit, SpliceFlags::MOVE)?)
+        })
+    }
+
+    fn receive_by(
+        &self,
+        room: usize,
+        mut read: impl FnMut(&TcpStream) -> io::Result<usize>,
+    ) -> Received {
         let Some(stream) = self.stream() else {
             return Received::BrokenOff;
         };
         loop {
-            let read = (&*stream).read(buffer);
+            let received = read(&stream);
             if self.is_broken_off() {
                 return Received::BrokenOff;
             }
-            return match read {
+            return match received {
                 Ok(0) => self.judge_eof(&stream),
-                Ok(count) => Received::Bytes(count),
+                Ok(count) => {
+                    if count < room {
+                        super::acknowledge_at_once(&stream);
+                    }
+                    Received::Bytes(count)
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => Received::Unsupported,
                 Err(error) => Received::Failed(error.to_string()),
             };
         }
