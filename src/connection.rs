@@ -15,10 +15,11 @@ use crate::dial::{DialError, Target, dial};
 use crate::http::answer::Answer;
 use crate::http::backend::{Backend, Rejected};
 use crate::http::routes::{Rules, Upgrade, route};
-use crate::lingering_close::{LingeringClose, drain};
+use crate::lingering_close::{LingeringClose, Patience, WITH_REFUSED};
 use crate::log_limit::LogLimit;
 use crate::request_head::{self, HeadError, MAX_HEAD, MAX_HEADERS};
 use crate::tunnel;
+use crate::tunnel::TunnelThreads;
 use crate::tunnel::state::State;
 use crate::tunnel::target::TargetSocket;
 
@@ -36,6 +37,8 @@ pub struct Context {
     pub backend: Backend,
     /// Where refused connections go.
     pub closer: LingeringClose,
+    /// Where tunnels run.
+    pub threads: TunnelThreads,
 }
 
 /// An answer that ends the connection, and how to print it.
@@ -66,7 +69,7 @@ pub fn serve(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, permit
             let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
             let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
             if (&*client).write_all(&bytes).is_ok() {
-                context.closer.close(client);
+                context.closer.close(client, WITH_REFUSED);
             }
         }
         Err(None) => log::debug!("gone before its request: peer={peer}"),
@@ -130,7 +133,7 @@ fn taken_over(stream: TcpStream) -> io::Result<(TargetSocket, SocketAddr)> {
 /// The 101, the tunnel, and the lingering close behind it.
 fn tunnel(
     context: &Context,
-    client: &TcpStream,
+    client: &Arc<TcpStream>,
     peer: SocketAddr,
     permit: &Permit,
     ready: Upgradable,
@@ -149,22 +152,27 @@ fn tunnel(
     let times = context.config.times;
     let open = || {
         log::info!("tunnel opened: {tunnel}");
-        (&mut &*client).write_all(&answer)
+        (&**client).write_all(&answer)
     };
     let state = Arc::new(State::new());
     permit.tunneling(&state);
-    let outcome = tunnel::run(client, early, target, times, &state, open).map_err(|error| {
-        Some(Refused::plain(Answer::unavailable(format!(
-            "no thread for a tunnel, try again: {error}"
-        ))))
-    })?;
+    let outcome = tunnel::run(&context.threads, client, early, target, times, &state, open)
+        .map_err(|error| {
+            Some(Refused::plain(Answer::unavailable(format!(
+                "no thread for a tunnel, try again: {error}"
+            ))))
+        })?;
     let (up, down) = state.counts();
     let (duration, reason) = (state.age().as_secs_f64(), &outcome.reason);
     log::info!(
         "tunnel closed: {tunnel} up={up} down={down} duration={duration:.3}s reason={reason:?}"
     );
     if outcome.client_is_there {
-        drain(client, times.linger);
+        let patience = Patience {
+            time: times.linger,
+            bytes: usize::MAX,
+        };
+        context.closer.close(Arc::clone(client), patience);
     }
     Ok(())
 }

@@ -91,7 +91,7 @@ impl Connections {
         table.over = true;
         for phase in table.open.values() {
             if let Phase::Tunnel(state) = phase {
-                state.change(|ends| ends.shutdown = true);
+                state.shut_down();
             }
         }
     }
@@ -150,7 +150,7 @@ impl Permit {
         let mut table = self.connections.table();
         table.open.insert(self.id, Phase::Tunnel(Arc::clone(state)));
         if table.over {
-            state.change(|ends| ends.shutdown = true);
+            state.shut_down();
         }
     }
 }

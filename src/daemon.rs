@@ -18,8 +18,10 @@ use crate::connections::Connections;
 use crate::http::answer::Answer;
 use crate::http::backend::Backend;
 use crate::http::routes::Rules;
-use crate::lingering_close::LingeringClose;
+use crate::lingering_close::{LingeringClose, WITH_REFUSED};
 use crate::log_limit::LogLimit;
+use crate::threads::Threads;
+use crate::tunnel::TunnelThreads;
 use crate::tunnel::keepalive::CLOSE_LIMIT;
 
 /// A connection's thread reads the head, prints the answer and then runs inbound.
@@ -83,9 +85,11 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
         rules,
         backend: Backend::start()?,
         closer: LingeringClose::start(limits.leaving)?,
+        threads: TunnelThreads::default(),
     };
     let gate = Gate {
         context: Arc::new(context),
+        threads: Threads::new("inbound", STACK),
         connections,
     };
     listener.set_nonblocking(true)?;
@@ -101,6 +105,7 @@ static FAILURES: LogLimit = LogLimit::new(2);
 
 struct Gate {
     context: Arc<Context>,
+    threads: Threads,
     connections: Arc<Connections>,
 }
 
@@ -134,10 +139,9 @@ impl Gate {
             );
         };
         let (context, of_thread) = (Arc::clone(&self.context), Arc::clone(&client));
-        let thread = thread::Builder::new()
-            .name("inbound".into())
-            .stack_size(STACK);
-        let started = thread.spawn(move || connection::serve(&context, of_thread, peer, &permit));
+        let started = self
+            .threads
+            .run(move || connection::serve(&context, of_thread, peer, &permit));
         if let Err(error) = started {
             self.turn_away(
                 client,
@@ -153,7 +157,7 @@ impl Gate {
         connection::log_answer(peer, &answer);
         let bytes = answer.to_bytes(&HTTPVersion(1, 1), false);
         if send(&*client, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok() {
-            self.context.closer.close(client);
+            self.context.closer.close(client, WITH_REFUSED);
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! The way of a connection:
 //!
-//! 1. [`daemon`] accepts it, gives it a place among the [`connections`] and a thread;
+//! 1. [`daemon`] accepts it, gives it a place among the [`connections`] and one of its [`threads`];
 //! 2. [`connection`] leads it from its first byte to its last;
 //! 3. [`request_head`] reads one bounded request head, and no byte more is lost;
 //! 4. [`http`] has tiny_http parse it, on a private socket, and runs every check in order;
@@ -26,4 +26,5 @@ pub mod http;
 pub mod lingering_close;
 pub mod log_limit;
 pub mod request_head;
+pub mod threads;
 pub mod tunnel;

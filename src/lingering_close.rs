@@ -4,7 +4,7 @@
 //! then loses the answer it has not read yet (RFC 9112 §9.6). So the write side is shut down, what still comes
 //! is read and dropped until the client's EOF, and only then is the socket closed: the lingering close.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
@@ -15,35 +15,25 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::net::{RecvFlags, recv};
 
-/// How long a refused client may go on sending.
-const LIMIT: Duration = Duration::from_secs(2);
-
-/// How many bytes a refused client may go on sending.
-const MAX_BYTES: usize = 1024 * 1024;
-
-/// Reads and drops what `client` still sends, until its EOF, for at most `limit`.
-pub fn drain(mut client: &TcpStream, limit: Duration) {
-    let _ = client.shutdown(Shutdown::Write);
-    let deadline = Instant::now() + limit;
-    let mut buffer = [0; 4096];
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || client.set_read_timeout(Some(left)).is_err() {
-            return;
-        }
-        match client.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
-    }
+/// How long, and for how many bytes, a client may go on sending.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// Until its EOF, at most.
+    pub time: Duration,
+    /// At most.
+    pub bytes: usize,
 }
 
-/// One thread that closes all refused connections, so that none of them holds a thread or a place.
+/// With a client that was refused: enough for a body that came along with its request.
+pub const WITH_REFUSED: Patience = Patience {
+    time: Duration::from_secs(2),
+    bytes: 1024 * 1024,
+};
+
+/// One thread that closes all connections, so that none of them holds a thread or a place meanwhile.
 #[derive(Debug)]
 pub struct LingeringClose {
-    sender: SyncSender<Arc<TcpStream>>,
+    sender: SyncSender<Closing>,
     wake: Arc<OwnedFd>,
 }
 
@@ -68,13 +58,18 @@ impl LingeringClose {
 
     /// Takes over a connection to which the last byte has been written. When too many are waiting already,
     /// it is closed at once.
-    pub fn close(&self, client: Arc<TcpStream>) {
+    pub fn close(&self, client: Arc<TcpStream>, patience: Patience) {
         let _ = client.shutdown(Shutdown::Write);
+        let closing = Closing {
+            client,
+            until: Instant::now() + patience.time,
+            bytes: patience.bytes,
+        };
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
-            self.sender.try_send(client)
+            self.sender.try_send(closing)
         {
             log::debug!(
-                "too many refused connections at once: one is closed without waiting for its client"
+                "too many connections being closed: one is closed without waiting for its client"
             );
         }
         self.wake();
@@ -94,13 +89,15 @@ impl Drop for LingeringClose {
 }
 
 /// A connection being closed.
+#[derive(Debug)]
 struct Closing {
     client: Arc<TcpStream>,
     until: Instant,
+    /// How many more may come.
     bytes: usize,
 }
 
-fn close_all(receiver: &Receiver<Arc<TcpStream>>, wake: &OwnedFd, max_open: usize) {
+fn close_all(receiver: &Receiver<Closing>, wake: &OwnedFd, max_open: usize) {
     let mut open: Vec<Closing> = Vec::new();
     loop {
         wait(&open, wake);
@@ -108,11 +105,7 @@ fn close_all(receiver: &Receiver<Arc<TcpStream>>, wake: &OwnedFd, max_open: usiz
         let _ = rustix::io::read(wake, &mut count);
         loop {
             match receiver.try_recv() {
-                Ok(client) => open.push(Closing {
-                    client,
-                    until: Instant::now() + LIMIT,
-                    bytes: 0,
-                }),
+                Ok(closing) => open.push(closing),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return,
             }
@@ -145,10 +138,10 @@ impl Closing {
         let mut buffer = [0; 4096];
         match recv(&*self.client, &mut buffer, RecvFlags::DONTWAIT) {
             Ok((0, _)) => return false,
-            Ok((count, _)) => self.bytes += count,
+            Ok((count, _)) => self.bytes = self.bytes.saturating_sub(count),
             Err(error) if error == rustix::io::Errno::AGAIN => {}
             Err(_) => return false,
         }
-        self.bytes < MAX_BYTES && Instant::now() < self.until
+        self.bytes > 0 && Instant::now() < self.until
     }
 }

@@ -105,6 +105,7 @@ impl Backend {
                 Err(Failure::HungUp) if hung_up => return Err(Rejected::Malformed),
                 // Its accept thread may have panicked with this connection in hand; then the next one shows it.
                 Err(Failure::HungUp) => hung_up = true,
+                Err(Failure::Refused(why)) => return Err(Rejected::Unavailable(why)),
                 Err(Failure::Dead(why)) => {
                     self.replace(&server, &why);
                     last = why;
@@ -158,8 +159,23 @@ impl Current {
 static FAILURES: LogLimit = LogLimit::new(2);
 
 enum Failure {
+    /// It closed the connection without a request.
     HungUp,
+    /// It serves no more.
     Dead(String),
+    /// The system refused a connection to it, which says nothing of it.
+    Refused(String),
+}
+
+impl Failure {
+    fn of(error: io::Error) -> Failure {
+        use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound};
+        match error.kind() {
+            ConnectionRefused | NotFound => Failure::Dead(error.to_string()),
+            BrokenPipe | ConnectionReset => Failure::HungUp,
+            _ => Failure::Refused(error.to_string()),
+        }
+    }
 }
 
 impl PrivateServer {
@@ -192,9 +208,7 @@ impl PrivateServer {
             awaited: &self.awaited,
             ticket,
         };
-        let stream = self
-            .send(ticket, head)
-            .map_err(|error| Failure::Dead(error.to_string()))?;
+        let stream = self.send(ticket, head).map_err(Failure::of)?;
         let deadline = Instant::now() + PARSE_TIMEOUT;
         loop {
             match receiver.recv_timeout(HANG_UP_CHECK) {
@@ -259,11 +273,12 @@ fn deliver(server: &Server, awaited: &Awaited) {
             request.http_version().clone(),
             request.headers().iter().skip(1).cloned().collect(),
         );
-        // Taking the writer keeps tiny_http from answering by itself and frees its thread.
-        drop(request.into_writer());
+        // Before tiny_http's side is closed, or that would look like a refusal.
         if let Some(sender) = sender {
             let _ = sender.send(parsed);
         }
+        // Taking the writer keeps tiny_http from answering by itself and frees its thread.
+        drop(request.into_writer());
     }
     lock(&awaited.by_ticket).clear();
 }

@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
@@ -34,9 +34,9 @@ const PING_TAG: &[u8; 8] = b"tunneld:";
 
 /// The writing half of the client's connection.
 #[derive(Debug)]
-pub struct ClientWriter<'a> {
-    stream: &'a TcpStream,
-    state: &'a State,
+pub struct ClientWriter {
+    stream: Arc<TcpStream>,
+    state: Arc<State>,
     turn: Mutex<Turn>,
     due: Mutex<Due>,
     has_due: AtomicBool,
@@ -77,9 +77,9 @@ pub enum Flushed {
     Full,
 }
 
-impl<'a> ClientWriter<'a> {
+impl ClientWriter {
     /// The writer for `stream`.
-    pub fn new(stream: &'a TcpStream, state: &'a State) -> ClientWriter<'a> {
+    pub fn new(stream: Arc<TcpStream>, state: Arc<State>) -> ClientWriter {
         ClientWriter {
             stream,
             state,
@@ -118,7 +118,7 @@ impl<'a> ClientWriter<'a> {
             self.send_header(&header[..length])?;
             let mut left = payload;
             while left > 0 {
-                match splice(pipe, None, self.stream, None, left, SpliceFlags::MOVE) {
+                match splice(pipe, None, &*self.stream, None, left, SpliceFlags::MOVE) {
                     Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                     Ok(moved) => left -= moved,
                     Err(Errno::INTR) => {}
@@ -132,7 +132,7 @@ impl<'a> ClientWriter<'a> {
     /// The kernel keeps the header back to send it along with the payload.
     fn send_header(&self, mut header: &[u8]) -> io::Result<()> {
         while !header.is_empty() {
-            match send(self.stream, header, SendFlags::MORE | SendFlags::NOSIGNAL) {
+            match send(&*self.stream, header, SendFlags::MORE | SendFlags::NOSIGNAL) {
                 Ok(sent) => header = &header[sent..],
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -276,7 +276,7 @@ impl<'a> ClientWriter<'a> {
 
     /// A socket counts as writable with a third of its buffer free, and a control frame is a few bytes.
     fn is_writable(&self) -> bool {
-        let mut fds = [PollFd::new(self.stream, PollFlags::OUT)];
+        let mut fds = [PollFd::new(&*self.stream, PollFlags::OUT)];
         poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 }

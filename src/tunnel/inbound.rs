@@ -39,7 +39,7 @@ pub fn relay(
     client: &TcpStream,
     early: Vec<u8>,
     target: &TargetSocket,
-    writer: &ClientWriter<'_>,
+    writer: &ClientWriter,
     state: &State,
 ) -> InboundEnd {
     let reader = ClientReader {
@@ -209,7 +209,7 @@ fn failed(error: Error) -> InboundEnd {
 /// The client's socket as it is read from. Each read that brings bytes is a sign of life.
 struct ClientReader<'a> {
     stream: &'a TcpStream,
-    writer: &'a ClientWriter<'a>,
+    writer: &'a ClientWriter,
     state: &'a State,
 }
 

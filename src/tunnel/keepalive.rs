@@ -22,7 +22,7 @@ pub const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 pub struct Keepalive<'a> {
     client: &'a TcpStream,
     target: &'a TargetSocket,
-    writer: &'a ClientWriter<'a>,
+    writer: &'a ClientWriter,
     state: &'a State,
     times: Times,
     next_ping: Duration,
@@ -45,7 +45,7 @@ impl<'a> Keepalive<'a> {
     pub fn new(
         client: &'a TcpStream,
         target: &'a TargetSocket,
-        writer: &'a ClientWriter<'a>,
+        writer: &'a ClientWriter,
         state: &'a State,
         times: Times,
     ) -> Keepalive<'a> {
@@ -78,7 +78,8 @@ impl<'a> Keepalive<'a> {
             let next = if is_ending {
                 self.linger(&mut ends)
             } else {
-                self.watch(&mut ends)
+                let linger = self.times.linger.max(Duration::from_millis(100));
+                self.watch(&mut ends).min(self.state.age() + linger)
             };
             ends = self.state.wait(ends, next);
         }
@@ -88,7 +89,7 @@ impl<'a> Keepalive<'a> {
     /// ended in order; when it is over once more, by force. Returns when to look again.
     fn linger(&mut self, ends: &mut Ends) -> Duration {
         let now = self.state.age();
-        let since = *self.lingers_since.get_or_insert(now);
+        let since = *self.lingers_since.get_or_insert(ends.first.unwrap_or(now));
         let deadline = match ends.cut {
             Some(Cut::Shutdown) => since + CLOSE_LIMIT,
             _ => since.max(self.state.last_moved()) + self.times.linger,

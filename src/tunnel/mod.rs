@@ -42,12 +42,13 @@ use std::fmt;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::thread;
+use std::sync::Arc;
 
 use rustix::net::sockopt;
 use socket2::SockRef;
 
 use crate::config::Times;
+use crate::threads::Threads;
 use client::ClientWriter;
 use keepalive::Keepalive;
 use state::{Cut, Ends, InboundEnd, OutboundEnd, State, Undelivered};
@@ -72,55 +73,64 @@ pub struct Outcome {
     pub client_is_there: bool,
 }
 
+/// The threads of tunnels, beside the connection's own, which runs inbound.
+#[derive(Debug)]
+pub struct TunnelThreads {
+    outbound: Threads,
+    keepalive: Threads,
+}
+
+impl Default for TunnelThreads {
+    fn default() -> Self {
+        TunnelThreads {
+            outbound: Threads::new("outbound", STACK),
+            keepalive: Threads::new("keepalive", STACK),
+        }
+    }
+}
+
 /// Relays between `client` and `target` until both directions have ended; and closes the target. `early` is
 /// what the client sent behind its request head. `open`, called once everything is ready, sends the 101.
 ///
 /// # Errors
 /// When a thread can't start. Then nothing has been sent to the client.
 pub fn run(
-    client: &TcpStream,
+    threads: &TunnelThreads,
+    client: &Arc<TcpStream>,
     early: Vec<u8>,
     target: TargetSocket,
     times: Times,
-    state: &State,
+    state: &Arc<State>,
     open: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<Outcome> {
     limit_unsent(client);
-    let writer = ClientWriter::new(client, state);
-    let tunnel = Tunnel {
-        client,
-        target: &target,
-        writer: &writer,
-        state,
-    };
-    let keepalive = Keepalive::new(client, &target, &writer, state, times);
-    thread::scope(|scope| {
-        // Nothing may go out before the 101.
-        let turn = writer.hold();
-        let outbound = named("outbound").spawn_scoped(scope, || tunnel.outbound());
-        let keepalive = named("keepalive").spawn_scoped(scope, || tunnel.keepalive(keepalive));
-        if let Err(error) = outbound.and(keepalive) {
-            turn.forbid();
-            tunnel.send_home();
-            return Err(error);
-        }
-        let opened = open();
-        drop(turn);
-        match opened {
-            Ok(()) => tunnel.inbound(|| tunnel.relay_inbound(early)),
-            Err(error) => tunnel.inbound(|| InboundEnd::Vanished(error.to_string())),
-        }
-        Ok(())
-    })?;
-    let outcome = outcome(&state.ends());
-    if !outcome.is_orderly {
-        target.break_off();
+    let writer = ClientWriter::new(Arc::clone(client), Arc::clone(state));
+    let tunnel = Arc::new(Tunnel {
+        client: Arc::clone(client),
+        target,
+        writer,
+        state: Arc::clone(state),
+    });
+    // Nothing may go out before the 101.
+    let turn = tunnel.writer.hold();
+    if let Err(error) = tunnel.start(threads, times) {
+        turn.forbid();
+        tunnel.send_home();
+        return Err(error);
+    }
+    let opened = open();
+    drop(turn);
+    match opened {
+        Ok(()) => tunnel.inbound(|| tunnel.relay_inbound(early)),
+        Err(error) => tunnel.inbound(|| InboundEnd::Vanished(error.to_string())),
+    }
+    let outcome = outcome(&state.wait_for_end());
+    if outcome.is_orderly {
+        tunnel.target.close_in_order();
+    } else {
+        tunnel.target.break_off();
     }
     Ok(outcome)
-}
-
-fn named(name: &str) -> thread::Builder {
-    thread::Builder::new().name(name.into()).stack_size(STACK)
 }
 
 /// Without it, or where the system doesn't know it, a slow peer is only seen less often.
@@ -138,16 +148,23 @@ fn acknowledge_at_once(stream: &TcpStream) {
 }
 
 /// What the threads of a tunnel share.
-struct Tunnel<'a> {
-    client: &'a TcpStream,
-    target: &'a TargetSocket,
-    writer: &'a ClientWriter<'a>,
-    state: &'a State,
+struct Tunnel {
+    client: Arc<TcpStream>,
+    target: TargetSocket,
+    writer: ClientWriter,
+    state: Arc<State>,
 }
 
-impl Tunnel<'_> {
+impl Tunnel {
+    fn start(self: &Arc<Self>, threads: &TunnelThreads, times: Times) -> io::Result<()> {
+        let tunnel = Arc::clone(self);
+        threads.outbound.run(move || tunnel.outbound())?;
+        let tunnel = Arc::clone(self);
+        threads.keepalive.run(move || tunnel.keepalive(times))
+    }
+
     fn relay_inbound(&self, early: Vec<u8>) -> InboundEnd {
-        inbound::relay(self.client, early, self.target, self.writer, self.state)
+        inbound::relay(&self.client, early, &self.target, &self.writer, &self.state)
     }
 
     fn inbound(&self, relay: impl FnOnce() -> InboundEnd) {
@@ -160,19 +177,21 @@ impl Tunnel<'_> {
             }
             InboundEnd::Vanished(_) | InboundEnd::Panicked => self.wake_all(),
         }
-        self.state.change(|ends| ends.inbound = Some(end));
+        self.state.note_end(|ends| ends.inbound = Some(end));
     }
 
     fn outbound(&self) {
         let end =
-            caught(|| outbound::relay(self.target, self.writer)).unwrap_or(OutboundEnd::Panicked);
+            caught(|| outbound::relay(&self.target, &self.writer)).unwrap_or(OutboundEnd::Panicked);
         if end == OutboundEnd::Panicked {
             self.wake_all();
         }
-        self.state.change(|ends| ends.outbound = Some(end));
+        self.state.note_end(|ends| ends.outbound = Some(end));
     }
 
-    fn keepalive(&self, keepalive: Keepalive<'_>) {
+    fn keepalive(&self, times: Times) {
+        let keepalive =
+            Keepalive::new(&self.client, &self.target, &self.writer, &self.state, times);
         if caught(|| keepalive.run()).is_none() {
             self.wake_all();
         }
@@ -187,7 +206,7 @@ impl Tunnel<'_> {
     /// Ends the thread that did start.
     fn send_home(&self) {
         self.target.break_off();
-        self.state.change(|ends| {
+        self.state.note_end(|ends| {
             ends.inbound = Some(InboundEnd::Panicked);
             ends.outbound.get_or_insert(OutboundEnd::Panicked);
         });
@@ -270,6 +289,7 @@ mod tests {
             outbound: Some(outbound),
             cut,
             shutdown: false,
+            first: None,
         };
         let outcome = outcome(&ends);
         (outcome.reason, outcome.is_orderly)

@@ -12,7 +12,7 @@ use super::target::{Received, TargetSocket};
 ///
 /// The client has been sent that end when this returns: Close 1000 behind the last byte after the target's
 /// EOF, Close 1011 after its failure, or the Close that is due when the tunnel was broken off.
-pub fn relay(target: &TargetSocket, writer: &ClientWriter<'_>) -> OutboundEnd {
+pub fn relay(target: &TargetSocket, writer: &ClientWriter) -> OutboundEnd {
     let end = relay_bytes(target, writer);
     let sent = match &end {
         OutboundEnd::Eof => writer.send_close(CloseCode::Normal, ""),
@@ -33,7 +33,7 @@ pub fn relay(target: &TargetSocket, writer: &ClientWriter<'_>) -> OutboundEnd {
 const COPIED: usize = 8 * 1024;
 
 /// Copies what comes in small amounts; and as long as more comes, moves it through a pipe.
-fn relay_bytes(target: &TargetSocket, writer: &ClientWriter<'_>) -> OutboundEnd {
+fn relay_bytes(target: &TargetSocket, writer: &ClientWriter) -> OutboundEnd {
     let mut buffer = vec![0; HEADER_ROOM + COPIED];
     let mut pipe = None;
     loop {
@@ -70,7 +70,7 @@ impl Pipe {
     }
 
     /// Moves bytes as long as they come in amounts that make it worth while. `None` when they no longer do.
-    fn relay(&self, target: &TargetSocket, writer: &ClientWriter<'_>) -> Option<OutboundEnd> {
+    fn relay(&self, target: &TargetSocket, writer: &ClientWriter) -> Option<OutboundEnd> {
         loop {
             let received = target.receive_into(&self.into, MAX_MESSAGE);
             let count = match received {

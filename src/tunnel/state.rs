@@ -73,6 +73,8 @@ pub struct Ends {
     pub cut: Option<Cut>,
     /// The daemon wants the tunnel to end.
     pub shutdown: bool,
+    /// When the first direction ended.
+    pub first: Option<Duration>,
 }
 
 /// One tunnel's shared state. Times are microseconds since it began.
@@ -120,9 +122,20 @@ impl State {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what has ended and wakes the keepalive thread.
-    pub fn change(&self, change: impl FnOnce(&mut Ends)) {
-        change(&mut self.ends());
+    /// Notes that a direction has ended. Only the last one wakes the others: the keepalive thread looks at
+    /// least once in each linger, which is early enough for the deadline that the first one sets.
+    pub fn note_end(&self, note: impl FnOnce(&mut Ends)) {
+        let mut ends = self.ends();
+        note(&mut ends);
+        ends.first.get_or_insert(self.age());
+        if ends.inbound.is_some() && ends.outbound.is_some() {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Asks the tunnel to end, as the daemon does.
+    pub fn shut_down(&self) {
+        self.ends().shutdown = true;
         self.changed.notify_all();
     }
 
@@ -133,6 +146,14 @@ impl State {
             .wait_timeout(ends, limit)
             .unwrap_or_else(PoisonError::into_inner)
             .0
+    }
+
+    /// Waits until both directions have ended.
+    pub fn wait_for_end(&self) -> MutexGuard<'_, Ends> {
+        let goes_on = |ends: &mut Ends| ends.inbound.is_none() || ends.outbound.is_none();
+        self.changed
+            .wait_while(self.ends(), goes_on)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes came from the client: a sign of life.

@@ -16,6 +16,9 @@ use rustix::pipe::{SpliceFlags, splice};
 use super::state::{State, Undelivered};
 
 /// The connected target. It is closed when this is dropped, or broken off and no call uses it any more.
+///
+/// Until both directions have ended in order, closing it sends a RST (`SO_LINGER` 0, socket(7)), whoever closes
+/// it: a daemon that is killed must not make a cut-off upload look like a finished one.
 #[derive(Debug)]
 pub struct TargetSocket {
     /// Taken out by [`TargetSocket::break_off`]. A thread holds its own reference only during a call, so that
@@ -52,6 +55,7 @@ impl TargetSocket {
     /// When the system has no descriptor left.
     pub fn new(stream: TcpStream) -> io::Result<TargetSocket> {
         super::limit_unsent(&stream);
+        sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(TargetSocket {
             stream: Mutex::new(Some(Arc::new(stream))),
@@ -181,12 +185,18 @@ impl TargetSocket {
         }
     }
 
-    /// Makes the end a broken one: the target gets a RST and no FIN before it. Wakes the threads that wait
+    /// Both directions have ended in order: closing the socket is no RST any more.
+    pub fn close_in_order(&self) {
+        if let Some(stream) = lock(&self.stream).take() {
+            let _ = sockopt::set_socket_linger(&stream, None);
+        }
+    }
+
+    /// Makes the end a broken one: the target gets a RST, and no FIN before it. Wakes the threads that wait
     /// for the target; the last of them to leave its call closes the socket.
     pub fn break_off(&self) {
         self.broken_off.store(true, Ordering::SeqCst);
         if let Some(stream) = lock(&self.stream).take() {
-            let _ = sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
             let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
             let _ = stream.shutdown(Shutdown::Read);
         }
