@@ -44,6 +44,7 @@ pub fn relay(
 ) -> InboundEnd {
     let reader = ClientReader {
         stream: client,
+        ack_due: false,
         writer,
         state,
     };
@@ -60,7 +61,7 @@ pub fn relay(
             delivery.flush();
         }
         match socket.read() {
-            Ok(Message::Binary(bytes)) => delivery.take(&bytes),
+            Ok(Message::Binary(bytes)) => delivery.take(&bytes, socket.get_ref().0.expects_more()),
             Ok(Message::Ping(payload)) => writer.answer_ping(payload),
             Ok(Message::Pong(payload)) => note_pong(&payload, state),
             Ok(Message::Close(frame)) => return closed(frame, delivery.finish(), target),
@@ -122,14 +123,14 @@ struct Delivery<'a> {
 
 impl Delivery<'_> {
     /// Takes the bytes of one message, in their order. They have gone on when [`Delivery::flush`] returns.
-    fn take(&mut self, bytes: &[u8]) {
+    fn take(&mut self, bytes: &[u8], more: bool) {
         /// The longest message worth copying.
         const SHORT: usize = LARGE / 2;
         if bytes.len() > SHORT || self.pending.len() + bytes.len() > LARGE {
             self.flush();
         }
         if bytes.len() > SHORT {
-            self.deliver(bytes);
+            self.deliver(bytes, more);
         } else {
             self.pending.extend_from_slice(bytes);
         }
@@ -138,7 +139,7 @@ impl Delivery<'_> {
     fn flush(&mut self) {
         if !self.pending.is_empty() {
             let pending = std::mem::take(&mut self.pending);
-            self.deliver(&pending);
+            self.deliver(&pending, false);
             self.pending = pending;
             self.pending.clear();
         }
@@ -150,9 +151,9 @@ impl Delivery<'_> {
         self.undelivered
     }
 
-    fn deliver(&mut self, bytes: &[u8]) {
+    fn deliver(&mut self, bytes: &[u8], more: bool) {
         if self.undelivered.is_none() {
-            self.undelivered = self.target.deliver(bytes, self.state).err();
+            self.undelivered = self.target.deliver(bytes, more, self.state).err();
         }
     }
 }
@@ -209,11 +210,22 @@ fn failed(error: Error) -> InboundEnd {
 /// The client's socket as it is read from. Each read that brings bytes is a sign of life.
 struct ClientReader<'a> {
     stream: &'a TcpStream,
+    /// The last read found less than it had room for.
+    ack_due: bool,
     writer: &'a ClientWriter,
     state: &'a State,
 }
 
 impl ClientReader<'_> {
+    /// What is due to the client before waiting for it: an acknowledgement, now that the bytes have gone on, and
+    /// a pong.
+    fn before_read(&mut self) {
+        if std::mem::take(&mut self.ack_due) {
+            super::acknowledge_at_once(self.stream);
+        }
+        self.flush_pong();
+    }
+
     /// A pong for which the socket had no room is sent as soon as it has, unless bytes come first.
     fn flush_pong(&self) {
         while self.writer.flush() == Flushed::Full {
@@ -224,12 +236,10 @@ impl ClientReader<'_> {
         }
     }
 
-    fn noted(&self, read: io::Result<usize>, room: usize) -> io::Result<usize> {
+    fn noted(&mut self, read: io::Result<usize>, room: usize) -> io::Result<usize> {
         if let Ok(count @ 1..) = read {
             self.state.note_heard();
-            if count < room {
-                super::acknowledge_at_once(self.stream);
-            }
+            self.ack_due = count < room;
         }
         read
     }
@@ -237,14 +247,14 @@ impl ClientReader<'_> {
 
 impl Read for ClientReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.flush_pong();
+        self.before_read();
         let mut stream = self.stream;
         let room = buffer.len();
         self.noted(retried(|| stream.read(buffer)), room)
     }
 
     fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.flush_pong();
+        self.before_read();
         let mut stream = self.stream;
         let room = buffers.iter().map(|buffer| buffer.len()).sum();
         self.noted(retried(|| stream.read_vectored(buffers)), room)

@@ -30,7 +30,7 @@ pub fn relay(target: &TargetSocket, writer: &ClientWriter) -> OutboundEnd {
 
 /// How many bytes are worth copying. What fills this many goes on by splice(2), which costs two more system
 /// calls a message but touches no byte.
-const COPIED: usize = 8 * 1024;
+const COPIED: usize = 4 * 1024;
 
 /// Copies what comes in small amounts; and as long as more comes, moves it through a pipe.
 fn relay_bytes(target: &TargetSocket, writer: &ClientWriter) -> OutboundEnd {
@@ -72,8 +72,7 @@ impl Pipe {
     /// Moves bytes as long as they come in amounts that make it worth while. `None` when they no longer do.
     fn relay(&self, target: &TargetSocket, writer: &ClientWriter) -> Option<OutboundEnd> {
         loop {
-            let received = target.receive_into(&self.into, MAX_MESSAGE);
-            let count = match received {
+            let count = match target.receive_into(&self.into, MAX_MESSAGE) {
                 Received::Bytes(count) => count,
                 Received::Unsupported => return None,
                 end => return Some(ended(end)),

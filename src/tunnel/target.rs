@@ -25,6 +25,8 @@ pub struct TargetSocket {
     /// the target gets its RST at once, however long the client takes for its side of the end.
     stream: Mutex<Option<Arc<TcpStream>>>,
     broken_off: AtomicBool,
+    /// The last read found less than it had room for.
+    ack_due: AtomicBool,
     /// Wakes a thread that waits for room to write. `shutdown` can't: on the write side it would send a FIN,
     /// and after the target's EOF the read side is shut down already.
     wake: OwnedFd,
@@ -60,23 +62,25 @@ impl TargetSocket {
         Ok(TargetSocket {
             stream: Mutex::new(Some(Arc::new(stream))),
             broken_off: AtomicBool::new(false),
+            ack_due: AtomicBool::new(false),
             wake,
             delivering: AtomicBool::new(false),
             failure: Mutex::new(None),
         })
     }
 
-    /// Gives all of `bytes` to the target, waiting for it as long as it takes.
+    /// Gives all of `bytes` to the target, waiting for it as long as it takes. `more`: others follow at once, and
+    /// the kernel may keep the end of these back to send it with them.
     ///
     /// # Errors
     /// Why not all of them could be given.
-    pub fn deliver(&self, bytes: &[u8], state: &State) -> Result<(), Undelivered> {
+    pub fn deliver(&self, bytes: &[u8], more: bool, state: &State) -> Result<(), Undelivered> {
         let Some(stream) = self.stream() else {
             return Err(Undelivered::BrokenOff);
         };
         state.park();
         self.delivering.store(true, Ordering::SeqCst);
-        let result = self.send_all(&stream, bytes, state);
+        let result = self.send_all(&stream, bytes, more, state);
         if let Err(why) = &result {
             *lock(&self.failure) = Some(why.clone());
         }
@@ -89,10 +93,13 @@ impl TargetSocket {
         &self,
         stream: &TcpStream,
         mut bytes: &[u8],
+        more: bool,
         state: &State,
     ) -> Result<(), Undelivered> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let flags = if more { flags | SendFlags::MORE } else { flags };
         while !bytes.is_empty() {
-            match send(stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match send(stream, bytes, flags) {
                 _ if self.is_broken_off() => return Err(Undelivered::BrokenOff),
                 Ok(count) => {
                     state.note_delivered(count);
@@ -148,6 +155,10 @@ impl TargetSocket {
         let Some(stream) = self.stream() else {
             return Received::BrokenOff;
         };
+        // After the bytes have gone on rather than before.
+        if self.ack_due.swap(false, Ordering::Relaxed) {
+            super::acknowledge_at_once(&stream);
+        }
         loop {
             let received = read(&stream);
             if self.is_broken_off() {
@@ -156,9 +167,7 @@ impl TargetSocket {
             return match received {
                 Ok(0) => self.judge_eof(&stream),
                 Ok(count) => {
-                    if count < room {
-                        super::acknowledge_at_once(&stream);
-                    }
+                    self.ack_due.store(count < room, Ordering::Relaxed);
                     Received::Bytes(count)
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

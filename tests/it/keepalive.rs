@@ -62,10 +62,10 @@ fn bytes_that_were_answered_for_do_not_lengthen_the_ping_timeout() {
 fn a_slow_reader_gets_every_byte() {
     let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "60s"]].concat());
     let target = Target::listen();
-    let mut client = Client::open(&daemon, target.port);
-    let mut server = target.accept();
     let data = Random::new(20).bytes(20_000_000);
     let sent = data.clone();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
     let sender = thread::spawn(move || server.write_all(&sent));
     // Many pings' worth of silence, with megabytes ahead of each.
     thread::sleep(Duration::from_millis(1500));
