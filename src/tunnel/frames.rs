@@ -91,19 +91,6 @@ impl<R: Read> Frames<R> {
         !matches!(self.next, Next::Through { left: 1.. } | Next::Fault { .. })
     }
 
-    /// Whether more bytes of data are on their way: of this frame, whose last read brought all it asked for, or
-    /// of the next one, whose header is here.
-    pub fn expects_more(&self) -> bool {
-        match self.next {
-            Next::Payload { left: 1.., .. } => self.was_full,
-            Next::Payload { .. } | Next::Header => {
-                let header = FrameHeader::parse(&mut Cursor::new(self.buffered()));
-                matches!(header, Ok(Some((header, 1..))) if matches!(header.opcode, OpCode::Data(_)))
-            }
-            Next::Through { .. } | Next::Fault { .. } => false,
-        }
-    }
-
     /// Whether the next message, or piece of one, is here already, so that it can be read without waiting.
     pub fn has_more(&self) -> bool {
         let buffered = self.buffered().len() as u64;

@@ -61,7 +61,7 @@ pub fn relay(
             delivery.flush();
         }
         match socket.read() {
-            Ok(Message::Binary(bytes)) => delivery.take(&bytes, socket.get_ref().0.expects_more()),
+            Ok(Message::Binary(bytes)) => delivery.take(&bytes),
             Ok(Message::Ping(payload)) => writer.answer_ping(payload),
             Ok(Message::Pong(payload)) => note_pong(&payload, state),
             Ok(Message::Close(frame)) => return closed(frame, delivery.finish(), target),
@@ -123,14 +123,14 @@ struct Delivery<'a> {
 
 impl Delivery<'_> {
     /// Takes the bytes of one message, in their order. They have gone on when [`Delivery::flush`] returns.
-    fn take(&mut self, bytes: &[u8], more: bool) {
+    fn take(&mut self, bytes: &[u8]) {
         /// The longest message worth copying.
         const SHORT: usize = LARGE / 2;
         if bytes.len() > SHORT || self.pending.len() + bytes.len() > LARGE {
             self.flush();
         }
         if bytes.len() > SHORT {
-            self.deliver(bytes, more);
+            self.deliver(bytes);
         } else {
             self.pending.extend_from_slice(bytes);
         }
@@ -139,7 +139,7 @@ impl Delivery<'_> {
     fn flush(&mut self) {
         if !self.pending.is_empty() {
             let pending = std::mem::take(&mut self.pending);
-            self.deliver(&pending, false);
+            self.deliver(&pending);
             self.pending = pending;
             self.pending.clear();
         }
@@ -151,9 +151,9 @@ impl Delivery<'_> {
         self.undelivered
     }
 
-    fn deliver(&mut self, bytes: &[u8], more: bool) {
+    fn deliver(&mut self, bytes: &[u8]) {
         if self.undelivered.is_none() {
-            self.undelivered = self.target.deliver(bytes, more, self.state).err();
+            self.undelivered = self.target.deliver(bytes, self.state).err();
         }
     }
 }

@@ -57,10 +57,14 @@ use target::TargetSocket;
 /// Outbound and keepalive need few frames; a page of their stack is touched.
 const STACK: usize = 64 * 1024;
 
-/// How much may wait unsent in a socket's buffer, in bytes (`TCP_NOTSENT_LOWAT`, tcp(7)). A write that waits
+/// How much may wait unsent in the client's buffer, in bytes (`TCP_NOTSENT_LOWAT`, tcp(7)). A write that waits
 /// goes on when half of it has left, so that a slow reader is seen to take bytes. By default that is a third
 /// of a buffer that grows to megabytes, longer than the linger at 20 KiB/s; and a ping would wait behind it.
-const UNSENT_LIMIT: u32 = 128 * 1024;
+const CLIENT_UNSENT: u32 = 128 * 1024;
+
+/// The same for the target. It is larger, as each wait costs inbound two system calls, and nothing waits behind
+/// the bytes.
+const TARGET_UNSENT: u32 = 1024 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,7 +107,7 @@ pub fn run(
     state: &Arc<State>,
     open: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<Outcome> {
-    limit_unsent(client);
+    limit_unsent(client, CLIENT_UNSENT);
     let writer = ClientWriter::new(Arc::clone(client), Arc::clone(state));
     let tunnel = Arc::new(Tunnel {
         client: Arc::clone(client),
@@ -134,8 +138,8 @@ pub fn run(
 }
 
 /// Without it, or where the system doesn't know it, a slow peer is only seen less often.
-fn limit_unsent(stream: &TcpStream) {
-    if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_LIMIT) {
+fn limit_unsent(stream: &TcpStream, limit: u32) {
+    if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(limit) {
         log::debug!("cannot limit unsent bytes: {error}");
     }
 }

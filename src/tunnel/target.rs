@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send, sockopt};
 use rustix::pipe::{SpliceFlags, splice};
 
+use super::TARGET_UNSENT;
 use super::state::{State, Undelivered};
 
 /// The connected target. It is closed when this is dropped, or broken off and no call uses it any more.
@@ -56,7 +57,7 @@ impl TargetSocket {
     /// # Errors
     /// When the system has no descriptor left.
     pub fn new(stream: TcpStream) -> io::Result<TargetSocket> {
-        super::limit_unsent(&stream);
+        super::limit_unsent(&stream, TARGET_UNSENT);
         sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(TargetSocket {
@@ -69,18 +70,17 @@ impl TargetSocket {
         })
     }
 
-    /// Gives all of `bytes` to the target, waiting for it as long as it takes. `more`: others follow at once, and
-    /// the kernel may keep the end of these back to send it with them.
+    /// Gives all of `bytes` to the target, waiting for it as long as it takes.
     ///
     /// # Errors
     /// Why not all of them could be given.
-    pub fn deliver(&self, bytes: &[u8], more: bool, state: &State) -> Result<(), Undelivered> {
+    pub fn deliver(&self, bytes: &[u8], state: &State) -> Result<(), Undelivered> {
         let Some(stream) = self.stream() else {
             return Err(Undelivered::BrokenOff);
         };
         state.park();
         self.delivering.store(true, Ordering::SeqCst);
-        let result = self.send_all(&stream, bytes, more, state);
+        let result = self.send_all(&stream, bytes, state);
         if let Err(why) = &result {
             *lock(&self.failure) = Some(why.clone());
         }
@@ -93,11 +93,9 @@ impl TargetSocket {
         &self,
         stream: &TcpStream,
         mut bytes: &[u8],
-        more: bool,
         state: &State,
     ) -> Result<(), Undelivered> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let flags = if more { flags | SendFlags::MORE } else { flags };
         while !bytes.is_empty() {
             match send(stream, bytes, flags) {
                 _ if self.is_broken_off() => return Err(Undelivered::BrokenOff),
