@@ -304,7 +304,7 @@ fn threads_that_cannot_start_are_survived() {
 // Frames
 
 /// The most that one tunnel may cost, as the README says.
-const TUNNEL_KIB: u64 = 256;
+const TUNNEL_KIB: u64 = 384;
 
 #[test]
 fn no_frames_make_a_tunnel_bigger_than_its_bound() {
