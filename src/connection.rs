@@ -189,7 +189,7 @@ impl Refused {
 }
 
 /// The most refusals logged in a second.
-static REFUSALS: LogLimit = LogLimit::new(20);
+static REFUSALS: LogLimit = LogLimit::new(100);
 
 /// Logs an answer before it is sent, as websocat never shows a refusal's body.
 pub fn log_answer(peer: SocketAddr, answer: &Answer) {

@@ -1,7 +1,7 @@
 //! Threads that stay for a while when their work is done, as starting one costs more than a handshake.
 //!
 //! A job goes to a thread that waits for one, or else to a new thread; it never waits in a queue. A thread
-//! that waits in vain for [`IDLE`] ends.
+//! that waits in vain for two seconds ends.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -418,5 +418,6 @@ fn a_flood_of_refusals_is_summarised() {
     thread::sleep(Duration::from_millis(1100));
     daemon.get("/nothing", &[]);
     daemon.logged(1, &["WARN", "more refusals were not logged"]);
-    assert!(daemon.log().matches("refused:").count() < 200);
+    // Two seconds may begin during the flood.
+    assert!(daemon.log().matches("refused:").count() <= 301);
 }

@@ -10,7 +10,7 @@ const HASTY: [&str; 4] = ["--ping-interval", "200ms", "--ping-timeout", "200ms"]
 
 #[test]
 fn an_idle_client_that_answers_stays() {
-    let daemon = Daemon::start(&HASTY);
+    let daemon = Daemon::start(&["--ping-interval", "200ms", "--ping-timeout", "1s"]);
     let target = Target::echo();
     let mut client = Client::open(&daemon, target.port);
     for _ in 0..8 {
@@ -140,7 +140,7 @@ fn a_parked_target_does_not_cost_its_client_the_upload() {
 
 #[test]
 fn any_bytes_are_a_sign_of_life() {
-    let daemon = Daemon::start(&HASTY);
+    let daemon = Daemon::start(&["--ping-interval", "200ms", "--ping-timeout", "600ms"]);
     let target = Target::echo();
     for (first, payload) in [
         (0x82, &b"data"[..]),
