@@ -88,7 +88,7 @@ fn upgrade(
     if !permit.answering() {
         return Err(plain(Answer::refusal(
             408,
-            "the connection limit is reached and this connection had sent no request for the longest time: send it at once",
+            "let go to make room, at the connection limit, as it had sent no request yet: connect again and send it at once",
         )));
     }
     let (head, early) = head.map_err(|error| no_head(&error, context).and_then(plain))?;
