@@ -181,3 +181,40 @@ fn a_target_that_closes_at_once_is_a_tunnel_that_ends_at_once() {
         client.finish();
     }
 }
+
+#[test]
+fn no_bytes_wait_for_what_comes_behind_them() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let long_ping = frame(0x89, &[1; 100]);
+    let message = frame(0x82, b"abc");
+    for (name, behind) in [
+        ("nothing", vec![]),
+        ("an empty message", frame(0x82, b"")),
+        (
+            "two empty fragments",
+            [frame(0x02, b""), frame(0x80, b"")].concat(),
+        ),
+        ("half a header", vec![0x82]),
+        ("a header", message[..6].to_vec()),
+        ("half a ping", long_ping[..50].to_vec()),
+        (
+            "a ping and half a one",
+            [&long_ping[..], &long_ping[..7]].concat(),
+        ),
+        (
+            "an empty message and half a header",
+            [frame(0x82, b""), vec![0x82]].concat(),
+        ),
+    ] {
+        for size in [3, 5000, 40_000, 70_000, 200_000] {
+            let mut client = Client::open(&daemon, target.port);
+            let mut server = target.accept();
+            let data = Random::new(size as u64).bytes(size);
+            client.send_raw(&[frame(0x82, &data), behind.clone()].concat());
+            let mut received = vec![0; size];
+            server.read_exact(&mut received).unwrap();
+            assert!(received == data, "{size} bytes and {name}");
+        }
+    }
+}
