@@ -1,6 +1,6 @@
 //! SIGTERM, SIGINT and SIGHUP.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -131,4 +131,24 @@ fn goes_on(mut client: Client, n: usize) {
             .all(|chunk| block.starts_with(chunk))
     );
     assert!(matches!(end, Seen::Close(Some(1001), _)), "{end:?}");
+}
+
+#[test]
+fn a_daemon_that_is_killed_resets_its_targets() {
+    let target = Target::listen();
+    for how in [&[Signal::KILL][..], &[Signal::TERM, Signal::TERM]] {
+        let mut daemon = Daemon::start(&["--shutdown-grace", "300s"]);
+        let mut client = Client::open(&daemon, target.port);
+        let mut server = target.accept();
+        client.send(b"half of an upload");
+        let mut received = [0; 17];
+        server.read_exact(&mut received).unwrap();
+        for signal in how {
+            daemon.signal(*signal);
+            // Two signals within 10 ms count as one, delivered twice.
+            thread::sleep(Duration::from_millis(50));
+        }
+        daemon.exit();
+        assert_eq!(read_to_end(&mut server), (vec![], false), "{how:?}");
+    }
 }
