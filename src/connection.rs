@@ -66,6 +66,7 @@ pub fn serve(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, permit
         Ok(()) => {}
         Err(Some(refused)) => {
             log_answer(peer, &refused.answer);
+            permit.leave();
             let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
             let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
             if (&*client).write_all(&bytes).is_ok() {

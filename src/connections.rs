@@ -145,6 +145,11 @@ impl Permit {
         }
     }
 
+    /// Gives the place back before the last answer, so that a client that has seen it finds the place free.
+    pub fn leave(&self) {
+        self.connections.table().open.remove(&self.id);
+    }
+
     /// The connection becomes a tunnel.
     pub fn tunneling(&self, state: &Arc<State>) {
         let mut table = self.connections.table();
