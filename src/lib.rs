@@ -24,6 +24,7 @@ pub mod daemon;
 pub mod dial;
 pub mod http;
 pub mod lingering_close;
+pub mod lock;
 pub mod log_limit;
 pub mod request_head;
 pub mod threads;

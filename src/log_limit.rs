@@ -1,7 +1,9 @@
 //! A bound on log lines, so that a flood of clients does not become a flood of lines.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::lock::lock;
 
 /// At most so many lines a second; how many were left out is said with the next one.
 #[derive(Debug)]
@@ -32,7 +34,7 @@ impl LogLimit {
     }
 
     fn allows_at(&self, now: Instant) -> Option<u64> {
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut window = lock(&self.window);
         let window = window.get_or_insert(Window {
             began: now,
             lines: 0,

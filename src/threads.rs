@@ -6,9 +6,11 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
+
+use crate::lock::lock;
 
 /// How long a thread waits for its next job.
 const IDLE: Duration = Duration::from_secs(2);
@@ -105,10 +107,6 @@ fn announce(waiting: &Mutex<Waiting>) -> Option<(u64, Receiver<Job>)> {
     waiting.next_id += 1;
     waiting.threads.push((id, sender));
     Some((id, receiver))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

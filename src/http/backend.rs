@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use tempfile::TempDir;
 use tiny_http::Server;
 
 use super::Request;
+use crate::lock::lock;
 use crate::log_limit::LogLimit;
 use crate::request_head::RequestHead;
 
@@ -316,11 +317,6 @@ fn create_private(parent: &Path) -> io::Result<TempDir> {
         .prefix("tunneld-")
         .permissions(owner_only)
         .tempdir_in(parent)
-}
-
-/// A poisoned lock only says that another connection's thread panicked; the map behind it is whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Debug for Backend {

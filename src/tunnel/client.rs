@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
@@ -18,6 +18,7 @@ use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
 use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader};
 
 use super::state::State;
+use crate::lock::lock;
 
 /// The most payload bytes in a message to the client: the smallest default read limit among the clients
 /// people use (32 KiB in coder/websocket).
@@ -292,8 +293,4 @@ fn header(payload: usize) -> io::Result<([u8; HEADER_ROOM], usize)> {
         .format(payload as u64, &mut &mut bytes[..])
         .map_err(io::Error::other)?;
     Ok((bytes, header.len(payload as u64)))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

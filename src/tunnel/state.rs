@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use tungstenite::protocol::frame::coding::CloseCode;
 
+use crate::lock::lock;
+
 /// How the direction from the client to the target ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InboundEnd {
@@ -119,7 +121,7 @@ impl State {
 
     /// Looks at, or changes, what has ended. A panic elsewhere leaves the value whole.
     pub fn ends(&self) -> MutexGuard<'_, Ends> {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.ends)
     }
 
     /// Notes that a direction has ended. Only the last one wakes the others: the keepalive thread looks at

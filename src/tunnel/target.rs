@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use rustix::pipe::{SpliceFlags, splice};
 
 use super::TARGET_UNSENT;
 use super::state::{State, Undelivered};
+use crate::lock::lock;
 
 /// The connected target. It is closed when this is dropped, or broken off and no call uses it any more.
 ///
@@ -228,8 +229,4 @@ fn is_dead(stream: &TcpStream) -> bool {
 
 fn failed(error: Errno) -> Undelivered {
     Undelivered::TargetFailed(io::Error::from(error).to_string())
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -108,17 +108,16 @@ fn cut_off(
             TcpStream::connect(address).ok()
         })
     });
-    daemon.is_back_at((daemon.threads(), daemon.descriptors()));
     let target = inside(&network.server, Target::listen);
     let head = request("GET", &format!("/tunnel?port={}", target.port), &UPGRADE)
         .replace("Host: localhost", "Host: 192.0.2.1");
-    let mut before = (0, 0);
-    let client = inside(&network.client, || {
+    let (before, client) = inside(&network.client, || {
         within(LIMIT, "earlier connections are gone", || {
             (daemon.threads() <= 9).then_some(())
         });
-        before = (daemon.threads(), daemon.descriptors());
-        Client::upgrade(TcpStream::connect(address).unwrap(), head.as_bytes())
+        let before = (daemon.threads(), daemon.descriptors());
+        let stream = TcpStream::connect(address).unwrap();
+        (before, Client::upgrade(stream, head.as_bytes()))
     });
     let mut server = target.accept();
     network.cut();
