@@ -1,7 +1,10 @@
 //! Thread 2: from the target to the client. The only one that waits in a write to the client.
 
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rustix::fd::OwnedFd;
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use tungstenite::protocol::frame::coding::CloseCode;
 
 use super::client::{ClientWriter, HEADER_ROOM, MAX_MESSAGE};
@@ -57,6 +60,18 @@ fn relay_bytes(target: &TargetSocket, writer: &ClientWriter) -> OutboundEnd {
     }
 }
 
+/// How much of a pipe's default size is asked for at a time.
+const PIPE: usize = 64 * 1024;
+
+/// The size of a pipe through which much goes, where fewer and larger reads halve the cost. The system
+/// allows it to everybody, up to 64 MiB of pipes a user (pipe(7)).
+const LARGE_PIPE: usize = 512 * 1024;
+
+/// The most large pipes at once: a quarter of what the system grants a user, who needs pipes elsewhere too.
+const MAX_LARGE_PIPES: usize = 32;
+
+static LARGE_PIPES: AtomicUsize = AtomicUsize::new(0);
+
 struct Pipe {
     out: OwnedFd,
     into: OwnedFd,
@@ -71,19 +86,57 @@ impl Pipe {
 
     /// Moves bytes as long as they come in amounts that make it worth while. `None` when they no longer do.
     fn relay(&self, target: &TargetSocket, writer: &ClientWriter) -> Option<OutboundEnd> {
+        let mut large = None;
         loop {
-            let count = match target.receive_into(&self.into, MAX_MESSAGE) {
+            let room = if large.is_some() { LARGE_PIPE } else { PIPE };
+            let count = match target.receive_into(&self.into, room) {
                 Received::Bytes(count) => count,
                 Received::Unsupported => return None,
                 end => return Some(ended(end)),
             };
-            if let Err(error) = writer.send_from(&self.out, count) {
+            if let Err(error) = self.send(count, writer) {
                 return Some(OutboundEnd::ClientGone(error.to_string()));
             }
             if count < COPIED {
                 return None;
             }
+            if count >= PIPE / 2 && large.is_none() {
+                large = Large::of(self);
+            }
         }
+    }
+
+    fn send(&self, mut count: usize, writer: &ClientWriter) -> io::Result<()> {
+        while count > 0 {
+            let payload = count.min(MAX_MESSAGE);
+            writer.send_from(&self.out, payload)?;
+            count -= payload;
+        }
+        Ok(())
+    }
+}
+
+/// A pipe that is large until this is dropped.
+struct Large<'a>(&'a Pipe);
+
+impl Large<'_> {
+    /// Unless there are too many or the system doesn't allow another.
+    fn of(pipe: &Pipe) -> Option<Large<'_>> {
+        let one_more = |count| (count < MAX_LARGE_PIPES).then_some(count + 1);
+        LARGE_PIPES
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .ok()?;
+        let large = Large(pipe);
+        fcntl_setpipe_size(&pipe.out, LARGE_PIPE)
+            .is_ok()
+            .then_some(large)
+    }
+}
+
+impl Drop for Large<'_> {
+    fn drop(&mut self) {
+        let _ = fcntl_setpipe_size(&self.0.out, PIPE);
+        LARGE_PIPES.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
