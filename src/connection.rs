@@ -168,6 +168,7 @@ fn tunnel(
     log::info!(
         "tunnel closed: {tunnel} up={up} down={down} duration={duration:.3}s reason={reason:?}"
     );
+    permit.leave();
     if outcome.client_is_there {
         let patience = Patience {
             time: times.linger,

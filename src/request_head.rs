@@ -22,6 +22,9 @@ pub struct RequestHead {
     headers: String,
     /// Whether a body follows: `Transfer-Encoding`, or a `Content-Length` other than 0.
     pub has_body: bool,
+    /// The values of `Connection`. It stays behind as well: it is for the connection it came over (RFC 9110
+    /// §7.6.1), and heads go on to tiny_http over another.
+    pub connection: Vec<String>,
 }
 
 /// Why there is no head.
@@ -146,10 +149,13 @@ pub fn parse(bytes: &[u8]) -> Result<RequestHead, HeadError> {
     };
     let mut framing = Framing::default();
     let mut headers = String::with_capacity(bytes.len());
+    let mut connection = Vec::new();
     for header in &*parsed.headers {
         let value = std::str::from_utf8(header.value)
             .map_err(|_| malformed("a value that is not ASCII"))?;
-        if framing.keeps(header.name, value)? {
+        if header.name.eq_ignore_ascii_case("Connection") {
+            connection.push(value.to_owned());
+        } else if framing.keeps(header.name, value)? {
             headers.extend([header.name, ": ", value, "\r\n"]);
         }
     }
@@ -158,6 +164,7 @@ pub fn parse(bytes: &[u8]) -> Result<RequestHead, HeadError> {
         request_line,
         headers,
         has_body: framing.has_body()?,
+        connection,
     })
 }
 

@@ -1,41 +1,38 @@
 //! tiny_http on a private Unix socket.
 //!
 //! On a public port tiny_http has no bound on a head, goes deaf when descriptors run out, and strands
-//! connections under a burst. Here it sees only whole, bounded heads from the gate, one per connection,
-//! and gives each [`Request`] back at once, so that none of its threads ever waits for a dial. If it fails
-//! all the same, it is replaced by a fresh one on a fresh socket; tunnels don't notice.
+//! connections under a burst. Here it sees only whole, bounded heads from the gate, one at a time over a
+//! connection that stays, and gives each [`Request`] back at once. If it fails all the same, it is replaced by
+//! a fresh one on a fresh socket; tunnels don't notice.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
-use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
-use std::thread;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
-use tiny_http::Server;
+use tiny_http::{HTTPVersion, Header, Server};
 
 use super::Request;
 use crate::lock::lock;
 use crate::log_limit::LogLimit;
 use crate::request_head::RequestHead;
 
-/// The header under which a request finds back to its connection. The gate puts it in front of all
-/// others, and only the first one counts, so a client can't forge it.
+/// The header that tells whose head a request was. The gate puts it in front of all others, and only the first
+/// one counts, so a client can't forge it.
 pub const TICKET: &str = "X-Tunneld-Ticket";
 
 /// How long tiny_http may take to parse one head. It needs microseconds.
 const PARSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a wait for tiny_http looks whether it has hung up instead.
-const HANG_UP_CHECK: Duration = Duration::from_millis(50);
+/// How long a wait for tiny_http lasts before a look whether it has hung up instead. Each further one is twice
+/// as long.
+const FIRST_CHECK: Duration = Duration::from_millis(2);
 
 /// Between two replacements, so that a system without descriptors isn't pressed further.
 const REPLACE_PAUSE: Duration = Duration::from_millis(200);
@@ -51,25 +48,22 @@ pub enum Rejected {
 
 /// tiny_http, replaceable.
 pub struct Backend {
+    /// Held while a head is parsed.
     current: Mutex<Current>,
 }
 
 struct Current {
-    server: Option<Arc<PrivateServer>>,
+    server: Option<PrivateServer>,
     started: Instant,
 }
 
-/// One tiny_http with its socket, and the requests that are awaited from it.
+/// One tiny_http with its socket.
 struct PrivateServer {
-    server: Arc<Server>,
+    /// The connection heads go over. It is given up once tiny_http has no more use for it.
+    connection: Option<UnixStream>,
+    server: Server,
     socket: PathBuf,
-    awaited: Arc<Awaited>,
     _directory: TempDir,
-}
-
-#[derive(Default)]
-struct Awaited {
-    by_ticket: Mutex<HashMap<u64, SyncSender<Request>>>,
 }
 
 impl Backend {
@@ -78,10 +72,9 @@ impl Backend {
     /// # Errors
     /// When there is no directory for its socket, or the system refuses a socket or a thread.
     pub fn start() -> io::Result<Backend> {
-        let server = Some(Arc::new(PrivateServer::start()?));
         Ok(Backend {
             current: Mutex::new(Current {
-                server,
+                server: Some(PrivateServer::start()?),
                 started: Instant::now(),
             }),
         })
@@ -94,59 +87,51 @@ impl Backend {
     pub fn parse(&self, ticket: u64, head: &RequestHead) -> Result<Request, Rejected> {
         let mut last = String::from("it could not be started");
         let mut hung_up = false;
+        let mut current = lock(&self.current);
         for _ in 0..3 {
-            let Some(server) = self.server() else { break };
+            let Some(server) = current.server() else {
+                break;
+            };
             match server.parse(ticket, head) {
-                Ok(request) => {
-                    return Ok(Request {
-                        has_body: head.has_body,
-                        ..request
-                    });
-                }
+                Ok(request) => return Ok(request),
                 Err(Failure::HungUp) if hung_up => return Err(Rejected::Malformed),
-                // Its accept thread may have panicked with this connection in hand; then the next one shows it.
+                // The connection may have been one it had given up already, or it panicked on its way to
+                // another; then the next one shows it.
                 Err(Failure::HungUp) => hung_up = true,
                 Err(Failure::Refused(why)) => return Err(Rejected::Unavailable(why)),
                 Err(Failure::Dead(why)) => {
-                    self.replace(&server, &why);
+                    current.replace(&why);
                     last = why;
                 }
             }
         }
         Err(Rejected::Unavailable(last))
     }
-
-    fn server(&self) -> Option<Arc<PrivateServer>> {
-        let mut current = lock(&self.current);
-        if current.server.is_none() && current.started.elapsed() > REPLACE_PAUSE {
-            current.restart();
-        }
-        current.server.clone()
-    }
-
-    fn replace(&self, failed: &Arc<PrivateServer>, why: &str) {
-        let mut current = lock(&self.current);
-        if current
-            .server
-            .as_ref()
-            .is_some_and(|server| Arc::ptr_eq(server, failed))
-        {
-            current.server = None;
-            FAILURES.log("failures of tiny_http", || {
-                log::warn!("tiny_http failed and is replaced: {why}")
-            });
-            if current.started.elapsed() > REPLACE_PAUSE {
-                current.restart();
-            }
-        }
-    }
 }
 
 impl Current {
+    fn server(&mut self) -> Option<&mut PrivateServer> {
+        if self.server.is_none() {
+            self.restart();
+        }
+        self.server.as_mut()
+    }
+
+    fn replace(&mut self, why: &str) {
+        FAILURES.log("failures of tiny_http", || {
+            log::warn!("tiny_http failed and is replaced: {why}")
+        });
+        self.server = None;
+        self.restart();
+    }
+
     fn restart(&mut self) {
+        if self.started.elapsed() <= REPLACE_PAUSE {
+            return;
+        }
         self.started = Instant::now();
         match PrivateServer::start() {
-            Ok(server) => self.server = Some(Arc::new(server)),
+            Ok(server) => self.server = Some(server),
             Err(error) => FAILURES.log("failures of tiny_http", || {
                 log::warn!(
                     "tiny_http can't be started, trying again with a later request: {error}"
@@ -187,101 +172,88 @@ impl PrivateServer {
         let server = catch_unwind(|| Server::http_unix(&socket))
             .map_err(|_| io::Error::other("no thread for it"))?
             .map_err(|error| io::Error::other(error.to_string()))?;
-        let server = Arc::new(server);
-        let awaited = Arc::new(Awaited::default());
-        let (from, to) = (Arc::clone(&server), Arc::clone(&awaited));
-        thread::Builder::new()
-            .name("http".into())
-            .stack_size(128 * 1024)
-            .spawn(move || deliver(&from, &to))?;
         Ok(PrivateServer {
+            connection: None,
             server,
             socket,
-            awaited,
             _directory: directory,
         })
     }
 
-    fn parse(&self, ticket: u64, head: &RequestHead) -> Result<Request, Failure> {
-        let (sender, receiver) = sync_channel(1);
-        lock(&self.awaited.by_ticket).insert(ticket, sender);
-        let _forget = Forget {
-            awaited: &self.awaited,
-            ticket,
+    /// The connection is only kept behind a request that leaves it as it was.
+    fn parse(&mut self, ticket: u64, head: &RequestHead) -> Result<Request, Failure> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.connect().map_err(Failure::of)?,
         };
-        let stream = self.send(ticket, head).map_err(Failure::of)?;
-        let deadline = Instant::now() + PARSE_TIMEOUT;
-        loop {
-            match receiver.recv_timeout(HANG_UP_CHECK) {
-                Ok(request) => return Ok(request),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Failure::Dead("it accepts no more".into()));
-                }
-                Err(RecvTimeoutError::Timeout) if Instant::now() > deadline => {
-                    return Err(Failure::Dead(format!(
-                        "it did not take a request in {PARSE_TIMEOUT:?}"
-                    )));
-                }
-                // The request may have come between the wait and the look, hence one more try.
-                Err(RecvTimeoutError::Timeout) if has_hung_up(&stream) => {
-                    return receiver.try_recv().map_err(|_| Failure::HungUp);
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-            }
+        connection
+            .write_all(&head.with_first_header(TICKET, ticket))
+            .map_err(Failure::of)?;
+        let request = self.receive(&connection)?;
+        let (mine, request) = taken(request, head);
+        if mine != Some(ticket) {
+            return Err(Failure::Dead("it took one request for another".into()));
         }
+        // tiny_http closes behind a request of HTTP/1.0.
+        if request.version >= HTTPVersion(1, 1) {
+            self.connection = Some(connection);
+        }
+        Ok(request)
     }
 
-    /// Half-closing behind the head makes tiny_http finish with the connection.
-    fn send(&self, ticket: u64, head: &RequestHead) -> io::Result<UnixStream> {
-        let mut stream = UnixStream::connect(&self.socket)?;
+    fn connect(&self) -> io::Result<UnixStream> {
+        let stream = UnixStream::connect(&self.socket)?;
         stream.set_write_timeout(Some(PARSE_TIMEOUT))?;
-        stream.write_all(&head.with_first_header(TICKET, ticket))?;
-        stream.shutdown(Shutdown::Write)?;
         Ok(stream)
     }
-}
 
-impl Drop for PrivateServer {
-    fn drop(&mut self) {
-        self.server.unblock();
+    fn receive(&self, connection: &UnixStream) -> Result<tiny_http::Request, Failure> {
+        let deadline = Instant::now() + PARSE_TIMEOUT;
+        let mut check = FIRST_CHECK;
+        while Instant::now() < deadline {
+            // When it accepts no more, that is an error here.
+            let received = self.server.recv_timeout(check);
+            if let Some(request) = received.map_err(dead)? {
+                return Ok(request);
+            }
+            // It may have come between the wait and the look.
+            if has_hung_up(connection) {
+                return self.server.try_recv().map_err(dead)?.ok_or(Failure::HungUp);
+            }
+            check *= 2;
+        }
+        Err(Failure::Dead(format!(
+            "it did not take a request in {PARSE_TIMEOUT:?}"
+        )))
     }
 }
 
-struct Forget<'a> {
-    awaited: &'a Awaited,
-    ticket: u64,
+fn dead(error: io::Error) -> Failure {
+    Failure::Dead(error.to_string())
 }
 
-impl Drop for Forget<'_> {
-    fn drop(&mut self) {
-        lock(&self.awaited.by_ticket).remove(&self.ticket);
-    }
-}
-
-/// Takes requests from tiny_http to the threads that await them, until tiny_http accepts no more; those
-/// that still wait then learn of it, as their senders are dropped.
-fn deliver(server: &Server, awaited: &Awaited) {
-    while let Ok(request) = server.recv() {
-        let ticket = request
-            .headers()
-            .first()
-            .filter(|header| header.field.equiv(TICKET));
-        let ticket = ticket.and_then(|header| header.value.as_str().parse::<u64>().ok());
-        let sender = ticket.and_then(|ticket| lock(&awaited.by_ticket).remove(&ticket));
-        let parsed = Request::new(
+/// What is needed of tiny_http's request, and its ticket.
+fn taken(request: tiny_http::Request, head: &RequestHead) -> (Option<u64>, Request) {
+    let mut headers = request.headers().iter().cloned();
+    let ticket = headers.next().filter(|header| header.field.equiv(TICKET));
+    let connection = head
+        .connection
+        .iter()
+        .filter_map(|value| Header::from_bytes("Connection", value.as_bytes()).ok());
+    let headers = headers.chain(connection).collect();
+    let parsed = Request {
+        has_body: head.has_body,
+        ..Request::new(
             request.method().clone(),
             request.url().to_owned(),
             request.http_version().clone(),
-            request.headers().iter().skip(1).cloned().collect(),
-        );
-        // Before tiny_http's side is closed, or that would look like a refusal.
-        if let Some(sender) = sender {
-            let _ = sender.send(parsed);
-        }
-        // Taking the writer keeps tiny_http from answering by itself and frees its thread.
-        drop(request.into_writer());
-    }
-    lock(&awaited.by_ticket).clear();
+            headers,
+        )
+    };
+    // Taking the writer keeps tiny_http from answering by itself.
+    drop(request.into_writer());
+    let ticket = ticket.and_then(|header| header.value.as_str().parse().ok());
+    (ticket, parsed)
 }
 
 fn has_hung_up(stream: &UnixStream) -> bool {

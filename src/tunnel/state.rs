@@ -130,7 +130,9 @@ impl State {
         let mut ends = self.ends();
         note(&mut ends);
         ends.first.get_or_insert(self.age());
-        if ends.inbound.is_some() && ends.outbound.is_some() {
+        let is_over = ends.inbound.is_some() && ends.outbound.is_some();
+        drop(ends);
+        if is_over {
             self.changed.notify_all();
         }
     }
