@@ -14,14 +14,15 @@ use crate::connections::Permit;
 use crate::dial::{DialError, Target, dial};
 use crate::http::answer::Answer;
 use crate::http::backend::{Backend, Rejected};
+use crate::http::handshake;
 use crate::http::routes::{Rules, Upgrade, route};
 use crate::lingering_close::{LingeringClose, Patience, WITH_REFUSED};
 use crate::log_limit::LogLimit;
 use crate::request_head::{self, HeadError, MAX_HEAD, MAX_HEADERS};
 use crate::tunnel;
-use crate::tunnel::TunnelThreads;
 use crate::tunnel::state::State;
 use crate::tunnel::target::TargetSocket;
+use crate::tunnel::{Outcome, Sockets, TunnelThreads};
 
 /// How long a client may take to read an answer that is longer than its socket's buffer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -57,23 +58,31 @@ struct Upgradable {
     answer: Vec<u8>,
 }
 
-/// Serves `client` until it is closed.
-pub fn serve(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, permit: &Permit) {
+/// Serves `client` until it is closed, or until the threads of its tunnel go on with it.
+pub fn serve(context: &Arc<Context>, client: Arc<TcpStream>, peer: SocketAddr, permit: Permit) {
     let _ = client.set_nodelay(true);
-    let served = upgrade(context, &client, permit)
-        .and_then(|ready| tunnel(context, &client, peer, permit, ready));
-    match served {
-        Ok(()) => {}
-        Err(Some(refused)) => {
-            log_answer(peer, &refused.answer);
+    let refused = match upgrade(context, &client, &permit) {
+        Ok(ready) => start_tunnel(context, &client, peer, permit, ready).err(),
+        Err(refused) => {
             permit.leave();
-            let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
-            let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
-            if (&*client).write_all(&bytes).is_ok() {
-                context.closer.close(client, WITH_REFUSED);
+            if refused.is_none() {
+                log::debug!("gone before its request: peer={peer}");
             }
+            refused
         }
-        Err(None) => log::debug!("gone before its request: peer={peer}"),
+    };
+    if let Some(refused) = refused {
+        refuse(context, client, peer, &refused);
+    }
+}
+
+/// The connection's last answer. Its place must be free by now, for a client that has seen it may come again.
+fn refuse(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, refused: &Refused) {
+    log_answer(peer, &refused.answer);
+    let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
+    let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
+    if (&*client).write_all(&bytes).is_ok() {
+        context.closer.close(client, WITH_REFUSED);
     }
 }
 
@@ -116,7 +125,7 @@ fn upgrade(
         )))
     })?;
     client.set_read_timeout(None).map_err(|_| None)?;
-    let answer = Answer::switching_protocols(accept).to_bytes(&request.version, false);
+    let answer = handshake::switching_protocols(&accept);
     Ok(Upgradable {
         target,
         name,
@@ -131,52 +140,62 @@ fn taken_over(stream: TcpStream) -> io::Result<(TargetSocket, SocketAddr)> {
     Ok((TargetSocket::new(stream)?, address))
 }
 
-/// The 101, the tunnel, and the lingering close behind it.
-fn tunnel(
-    context: &Context,
+/// The 101, and the tunnel behind it.
+fn start_tunnel(
+    context: &Arc<Context>,
     client: &Arc<TcpStream>,
     peer: SocketAddr,
-    permit: &Permit,
+    permit: Permit,
     ready: Upgradable,
-) -> Result<(), Option<Refused>> {
-    let Upgradable {
-        target,
-        name,
-        address,
-        early,
-        answer,
-    } = ready;
-    let tunnel = format!(
-        "id={} peer={peer} target={name} address={address}",
-        permit.id
+) -> Result<(), Refused> {
+    let name = format!(
+        "id={} peer={peer} target={} address={}",
+        permit.id, ready.name, ready.address
     );
-    let times = context.config.times;
-    let open = || {
-        log::info!("tunnel opened: {tunnel}");
-        (&**client).write_all(&answer)
-    };
     let state = Arc::new(State::new());
     permit.tunneling(&state);
-    let outcome = tunnel::run(&context.threads, client, early, target, times, &state, open)
-        .map_err(|error| {
-            Some(Refused::plain(Answer::unavailable(format!(
-                "no thread for a tunnel, try again: {error}"
-            ))))
-        })?;
+    let sockets = Sockets {
+        client: Arc::clone(client),
+        early: ready.early,
+        target: ready.target,
+    };
+    let open = || {
+        log::info!("tunnel opened: {name}");
+        (&**client).write_all(&ready.answer)
+    };
+    let ended = {
+        let (context, client) = (Arc::clone(context), Arc::clone(client));
+        let (state, name) = (Arc::clone(&state), name.clone());
+        move |outcome: &Outcome| {
+            permit.leave();
+            log_end(&name, outcome, &state);
+            if outcome.client_is_there {
+                context.closer.close(client, behind_tunnel(&context));
+            }
+        }
+    };
+    let (threads, times) = (&context.threads, context.config.times);
+    tunnel::start(threads, sockets, times, &state, open, ended).map_err(|error| {
+        Refused::plain(Answer::unavailable(format!(
+            "no thread for a tunnel, try again: {error}"
+        )))
+    })
+}
+
+fn log_end(name: &str, outcome: &Outcome, state: &State) {
     let (up, down) = state.counts();
     let (duration, reason) = (state.age().as_secs_f64(), &outcome.reason);
     log::info!(
-        "tunnel closed: {tunnel} up={up} down={down} duration={duration:.3}s reason={reason:?}"
+        "tunnel closed: {name} up={up} down={down} duration={duration:.3}s reason={reason:?}"
     );
-    permit.leave();
-    if outcome.client_is_there {
-        let patience = Patience {
-            time: times.linger,
-            bytes: usize::MAX,
-        };
-        context.closer.close(Arc::clone(client), patience);
+}
+
+/// With a client that may not have read all of its tunnel yet.
+fn behind_tunnel(context: &Context) -> Patience {
+    Patience {
+        time: context.config.times.linger,
+        bytes: usize::MAX,
     }
-    Ok(())
 }
 
 impl Refused {

@@ -24,14 +24,15 @@ use crate::threads::Threads;
 use crate::tunnel::TunnelThreads;
 use crate::tunnel::keepalive::CLOSE_LIMIT;
 
-/// A connection's thread reads the head, prints the answer and then runs inbound.
+/// A connection's thread reads the head, dials and prints the answer.
 const STACK: usize = 128 * 1024;
 
-/// The most descriptors a connection holds at once, while its request is being answered: its own, the
-/// private socket's two ends and tiny_http's copy of one, and up to four attempts to connect.
+/// The most descriptors a connection holds at once: its own and those of up to six attempts to connect. A tunnel
+/// needs fewer: two sockets, a pipe, and what wakes a thread.
 const DESCRIPTORS_EACH: u64 = 7;
 
-/// Descriptors for what is no connection: the standard streams, the listeners, and what wakes threads.
+/// Descriptors for what is no connection: the standard streams, the listeners, what wakes threads, and the
+/// connection to tiny_http.
 const DESCRIPTORS_ELSE: u64 = 16;
 
 /// The most connections on their way out, without a place: those let go, and those being closed.
@@ -89,7 +90,7 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
     };
     let gate = Gate {
         context: Arc::new(context),
-        threads: Threads::new("inbound", STACK),
+        threads: Threads::new("connection", STACK),
         connections,
     };
     listener.set_nonblocking(true)?;
@@ -141,7 +142,7 @@ impl Gate {
         let (context, of_thread) = (Arc::clone(&self.context), Arc::clone(&client));
         let started = self
             .threads
-            .run(move || connection::serve(&context, of_thread, peer, &permit));
+            .run(move || connection::serve(&context, of_thread, peer, permit));
         if let Err(error) = started {
             self.turn_away(
                 client,
@@ -157,7 +158,7 @@ impl Gate {
         connection::log_answer(peer, &answer);
         let bytes = answer.to_bytes(&HTTPVersion(1, 1), false);
         if send(&*client, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok() {
-            self.context.closer.close(client, WITH_REFUSED);
+            self.context.closer.close_later(client, WITH_REFUSED);
         }
     }
 

@@ -3,7 +3,7 @@
 //! The way of a connection:
 //!
 //! 1. [`daemon`] accepts it, gives it a place among the [`connections`] and one of its [`threads`];
-//! 2. [`connection`] leads it from its first byte to its last;
+//! 2. [`connection`] leads it from its first byte to its last, on another thread once it is a tunnel;
 //! 3. [`request_head`] reads one bounded request head, and no byte more is lost;
 //! 4. [`http`] has tiny_http parse it, on a private socket, and runs every check in order;
 //! 5. [`dial`] resolves the target and races its addresses, before one deadline;

@@ -30,7 +30,7 @@ pub const WITH_REFUSED: Patience = Patience {
     bytes: 1024 * 1024,
 };
 
-/// Most clients close as soon as they see our end. Waiting for that here is cheaper than waking the thread.
+/// Most clients close as soon as they see our end. Waiting for that is cheaper than waking the thread.
 const AT_ONCE: Duration = Duration::from_millis(2);
 
 /// One thread that closes all connections, so that none of them holds a thread or a place meanwhile.
@@ -59,18 +59,22 @@ impl LingeringClose {
         Ok(LingeringClose { sender, wake })
     }
 
-    /// Takes over a connection to which the last byte has been written. When too many are waiting already,
-    /// it is closed at once. Returns within milliseconds.
+    /// Closes a connection to which the last byte has been written. Waits a moment for the client's EOF before
+    /// it hands the connection over.
     pub fn close(&self, client: Arc<TcpStream>, patience: Patience) {
-        let _ = client.shutdown(Shutdown::Write);
-        let mut closing = Closing {
-            client,
-            until: Instant::now() + patience.time,
-            bytes: patience.bytes,
-        };
-        if closing.is_readable_within(AT_ONCE) && !closing.goes_on() {
-            return;
+        let mut closing = Closing::new(client, patience);
+        if !closing.is_readable_within(AT_ONCE) || closing.goes_on() {
+            self.take_over(closing);
         }
+    }
+
+    /// The same without waiting.
+    pub fn close_later(&self, client: Arc<TcpStream>, patience: Patience) {
+        self.take_over(Closing::new(client, patience));
+    }
+
+    /// When too many are waiting already, it is closed at once.
+    fn take_over(&self, closing: Closing) {
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
             self.sender.try_send(closing)
         {
@@ -140,6 +144,15 @@ fn wait(open: &[Closing], wake: &OwnedFd) {
 }
 
 impl Closing {
+    fn new(client: Arc<TcpStream>, patience: Patience) -> Closing {
+        let _ = client.shutdown(Shutdown::Write);
+        Closing {
+            client,
+            until: Instant::now() + patience.time,
+            bytes: patience.bytes,
+        }
+    }
+
     fn is_readable_within(&self, limit: Duration) -> bool {
         let mut fds = [PollFd::new(&*self.client, PollFlags::IN)];
         let limit = Timespec::try_from(limit).ok();

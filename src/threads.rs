@@ -74,6 +74,8 @@ fn work(first: Job, waiting: &Mutex<Waiting>) {
     }
 }
 
+/// Not inlined, as its frame would lie under every job and make each idle thread a page larger.
+#[inline(never)]
 fn next_job(waiting: &Mutex<Waiting>) -> Option<Job> {
     let (id, jobs) = announce(waiting)?;
     if let Ok(job) = jobs.recv_timeout(IDLE) {

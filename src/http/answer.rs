@@ -1,6 +1,7 @@
 //! An HTTP answer: its status, its headers, its body, and its bytes.
 //!
-//! A connection carries one request, so every answer but a 101 says `Connection: close`.
+//! A connection carries one request, so every answer says `Connection: close`. A 101 is none: `handshake.rs`
+//! prints it.
 
 use std::io::Read;
 
@@ -52,11 +53,6 @@ impl Answer {
         }
     }
 
-    /// The 101 of RFC 6455 §4.2.2, without a subprotocol.
-    pub fn switching_protocols(accept: String) -> Answer {
-        Answer::success(101, None, String::new()).with("Sec-WebSocket-Accept", accept)
-    }
-
     /// The same answer with one more header.
     pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Answer {
         self.headers.push((name, value.into()));
@@ -65,15 +61,12 @@ impl Answer {
 
     /// The bytes to send, printed by tiny_http. A HEAD request gets the headers `to_head` alone.
     pub fn to_bytes(&self, version: &HTTPVersion, to_head: bool) -> Vec<u8> {
-        let upgrade = (self.status == 101).then_some("websocket");
         let mut bytes = Vec::with_capacity(512 + self.body.len());
         let printed = self
             .response()
-            .raw_print(&mut bytes, version.clone(), &[], to_head, upgrade);
+            .raw_print(&mut bytes, version.clone(), &[], to_head, None);
         debug_assert!(printed.is_ok(), "writing to memory can't fail");
-        if upgrade.is_none() {
-            insert_connection_close(&mut bytes, self.status);
-        }
+        insert_connection_close(&mut bytes, self.status);
         bytes
     }
 
@@ -147,30 +140,6 @@ mod tests {
             text.ends_with("\r\n\r\n") && text.contains("Content-Length: "),
             "{text}"
         );
-    }
-
-    #[test]
-    fn a_101_upgrades_and_has_no_body_headers() {
-        let text = text(&Answer::switching_protocols("abc=".into()), false);
-        assert!(
-            text.starts_with("HTTP/1.1 101 Switching Protocols\r\n"),
-            "{text}"
-        );
-        for line in [
-            "Connection: upgrade",
-            "Upgrade: websocket",
-            "Sec-WebSocket-Accept: abc=",
-        ] {
-            assert!(text.contains(&format!("\r\n{line}\r\n")), "{text}");
-        }
-        for name in [
-            "Content-Length",
-            "Transfer-Encoding",
-            "Sec-WebSocket-Protocol",
-            "close",
-        ] {
-            assert!(!text.contains(name), "{text}");
-        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use tiny_http::{HTTPVersion, Header, Server};
 use super::Request;
 use crate::lock::lock;
 use crate::log_limit::LogLimit;
-use crate::request_head::RequestHead;
+use crate::request_head::{self, RequestHead};
 
 /// The header that tells whose head a request was. The gate puts it in front of all others, and only the first
 /// one counts, so a client can't forge it.
@@ -172,12 +172,26 @@ impl PrivateServer {
         let server = catch_unwind(|| Server::http_unix(&socket))
             .map_err(|_| io::Error::other("no thread for it"))?
             .map_err(|error| io::Error::other(error.to_string()))?;
-        Ok(PrivateServer {
+        let mut server = PrivateServer {
             connection: None,
             server,
             socket,
             _directory: directory,
-        })
+        };
+        server
+            .prove()
+            .map_err(|why| io::Error::other(format!("it does not serve: {why}")))?;
+        Ok(server)
+    }
+
+    /// Has a first head parsed. The connection for all others is there then.
+    fn prove(&mut self) -> Result<(), String> {
+        let head = request_head::parse(b"GET / HTTP/1.1\r\n\r\n").map_err(|e| format!("{e:?}"))?;
+        match self.parse(0, &head) {
+            Ok(_) => Ok(()),
+            Err(Failure::HungUp) => Err("it hung up".into()),
+            Err(Failure::Dead(why) | Failure::Refused(why)) => Err(why),
+        }
     }
 
     /// The connection is only kept behind a request that leaves it as it was.

@@ -43,6 +43,14 @@ pub fn check(request: &Request) -> Result<String, Answer> {
     }
 }
 
+/// The 101 of RFC 6455 §4.2.2, without a subprotocol.
+pub fn switching_protocols(accept: &str) -> Vec<u8> {
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {accept}\r\n\r\n"
+    )
+    .into_bytes()
+}
+
 /// Whether the comma-separated header `name` holds `token`, in any case (RFC 9110 §7.8).
 fn lists(request: &Request, name: &str, token: &str) -> bool {
     let values = request.headers(name);

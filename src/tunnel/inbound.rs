@@ -21,6 +21,9 @@ use super::target::TargetSocket;
 /// How much is read at a time from a client that sends little.
 const SMALL: usize = 2 * 1024;
 
+/// tungstenite's share of that at a time. The pieces of a message go on together all the same.
+const SMALL_PIECE: usize = 512;
+
 /// And from one that sends as fast as it can. tungstenite zeroes its buffer before each read, so a larger one
 /// costs more than it saves.
 const LARGE: usize = 64 * 1024;
@@ -94,8 +97,9 @@ pub fn relay(
 type Socket<'a> = WebSocket<Mute<Frames<ClientReader<'a>>>>;
 
 fn socket<'a>(frames: Frames<ClientReader<'a>>, room: usize) -> Socket<'a> {
+    let piece = if room == SMALL { SMALL_PIECE } else { room };
     let config = WebSocketConfig::default()
-        .read_buffer_size(PIECE_HEADER + room)
+        .read_buffer_size(PIECE_HEADER + piece)
         .max_frame_size(Some(LARGE));
     WebSocket::from_raw_socket(
         Mute(frames),

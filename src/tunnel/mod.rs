@@ -54,7 +54,8 @@ use keepalive::Keepalive;
 use state::{Cut, Ends, InboundEnd, OutboundEnd, State, Undelivered};
 use target::TargetSocket;
 
-/// Outbound and keepalive need few frames; a page of their stack is touched.
+/// A tunnel's threads need few frames; a page of a stack is touched, besides the one with what is local to the
+/// thread.
 const STACK: usize = 64 * 1024;
 
 /// How much may wait unsent in the client's buffer, in bytes (`TCP_NOTSENT_LOWAT`, tcp(7)). A write that waits
@@ -77,9 +78,11 @@ pub struct Outcome {
     pub client_is_there: bool,
 }
 
-/// The threads of tunnels, beside the connection's own, which runs inbound.
+/// The threads of tunnels. A connection is led to its tunnel on another thread, as that takes a deep
+/// stack, whose pages would stay for as long as the tunnel.
 #[derive(Debug)]
 pub struct TunnelThreads {
+    inbound: Threads,
     outbound: Threads,
     keepalive: Threads,
 }
@@ -87,54 +90,70 @@ pub struct TunnelThreads {
 impl Default for TunnelThreads {
     fn default() -> Self {
         TunnelThreads {
+            inbound: Threads::new("inbound", STACK),
             outbound: Threads::new("outbound", STACK),
             keepalive: Threads::new("keepalive", STACK),
         }
     }
 }
 
-/// Relays between `client` and `target` until both directions have ended; and closes the target. `early` is
-/// what the client sent behind its request head. `open`, called once everything is ready, sends the 101.
+/// The two sockets of a tunnel.
+#[derive(Debug)]
+pub struct Sockets {
+    /// The client's, at the end of its request head.
+    pub client: Arc<TcpStream>,
+    /// What the client sent behind its request head.
+    pub early: Vec<u8>,
+    /// The target's.
+    pub target: TargetSocket,
+}
+
+/// Relays between two sockets, on three threads, until both directions have ended; and closes the target's.
+/// `open`, called once everything is ready, sends the 101. `ended` is called with the outcome.
 ///
 /// # Errors
-/// When a thread can't start. Then nothing has been sent to the client.
-pub fn run(
+/// When a thread can't start. Then nothing has been sent to the client, and `ended` is not called.
+pub fn start(
     threads: &TunnelThreads,
-    client: &Arc<TcpStream>,
-    early: Vec<u8>,
-    target: TargetSocket,
+    sockets: Sockets,
     times: Times,
     state: &Arc<State>,
     open: impl FnOnce() -> io::Result<()>,
-) -> io::Result<Outcome> {
-    limit_unsent(client, CLIENT_UNSENT);
-    let writer = ClientWriter::new(Arc::clone(client), Arc::clone(state));
-    let tunnel = Arc::new(Tunnel {
-        client: Arc::clone(client),
+    ended: impl FnOnce(&Outcome) + Send + 'static,
+) -> io::Result<()> {
+    let Sockets {
+        client,
+        early,
         target,
-        writer,
+    } = sockets;
+    limit_unsent(&client, CLIENT_UNSENT);
+    let tunnel = Arc::new(Tunnel {
+        writer: ClientWriter::new(Arc::clone(&client), Arc::clone(state)),
+        client,
+        target,
         state: Arc::clone(state),
     });
     // Nothing may go out before the 101.
     let turn = tunnel.writer.hold();
-    if let Err(error) = tunnel.start(threads, times) {
+    let inbound = {
+        let tunnel = Arc::clone(&tunnel);
+        move || {
+            tunnel.inbound(early);
+            ended(&tunnel.wait_and_close());
+        }
+    };
+    if let Err(error) = tunnel.start(threads, times, inbound) {
         turn.forbid();
         tunnel.send_home();
         return Err(error);
     }
-    let opened = open();
+    if open().is_err() {
+        tunnel.wake_all();
+    }
     drop(turn);
-    match opened {
-        Ok(()) => tunnel.inbound(|| tunnel.relay_inbound(early)),
-        Err(error) => tunnel.inbound(|| InboundEnd::Vanished(error.to_string())),
-    }
-    let outcome = outcome(&state.wait_for_end());
-    if outcome.is_orderly {
-        tunnel.target.close_in_order();
-    } else {
-        tunnel.target.break_off();
-    }
-    Ok(outcome)
+    // A pong may have become due meanwhile.
+    tunnel.writer.flush();
+    Ok(())
 }
 
 /// Without it, or where the system doesn't know it, a slow peer is only seen less often.
@@ -160,18 +179,21 @@ struct Tunnel {
 }
 
 impl Tunnel {
-    fn start(self: &Arc<Self>, threads: &TunnelThreads, times: Times) -> io::Result<()> {
+    fn start(
+        self: &Arc<Self>,
+        threads: &TunnelThreads,
+        times: Times,
+        inbound: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
         let tunnel = Arc::clone(self);
         threads.outbound.run(move || tunnel.outbound())?;
         let tunnel = Arc::clone(self);
-        threads.keepalive.run(move || tunnel.keepalive(times))
+        threads.keepalive.run(move || tunnel.keepalive(times))?;
+        threads.inbound.run(inbound)
     }
 
-    fn relay_inbound(&self, early: Vec<u8>) -> InboundEnd {
-        inbound::relay(&self.client, early, &self.target, &self.writer, &self.state)
-    }
-
-    fn inbound(&self, relay: impl FnOnce() -> InboundEnd) {
+    fn inbound(&self, early: Vec<u8>) {
+        let relay = || inbound::relay(&self.client, early, &self.target, &self.writer, &self.state);
         let end = caught(relay).unwrap_or(InboundEnd::Panicked);
         match &end {
             InboundEnd::Close | InboundEnd::CloseUndelivered(_) => {}
@@ -207,7 +229,17 @@ impl Tunnel {
         self.target.break_off();
     }
 
-    /// Ends the thread that did start.
+    fn wait_and_close(&self) -> Outcome {
+        let outcome = outcome(&self.state.wait_for_end());
+        if outcome.is_orderly {
+            self.target.close_in_order();
+        } else {
+            self.target.break_off();
+        }
+        outcome
+    }
+
+    /// Ends the threads that did start.
     fn send_home(&self) {
         self.target.break_off();
         self.state.note_end(|ends| {

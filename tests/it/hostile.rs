@@ -225,6 +225,13 @@ fn a_tiny_http_that_died_of_missing_descriptors_is_replaced() {
     let target = Target::echo();
     let mut bystander = Bystander::of(&daemon, &target);
     for _ in 0..3 {
+        // tiny_http hangs up behind a request of HTTP/1.0, so the next one takes a new connection to it.
+        let connected = daemon.descriptors();
+        let old = request("GET", "/health", &[]).replace("HTTP/1.1", "HTTP/1.0");
+        assert_eq!(daemon.ask(old).status, 204);
+        within(LIMIT, "tiny_http has hung up", || {
+            (daemon.descriptors() + 3 <= connected).then_some(())
+        });
         // Room for a connection and its private socket, but not for what tiny_http needs behind it.
         let room = daemon.descriptors() + 2;
         set_limit(&daemon, &format!("--nofile={room}:"));
