@@ -17,6 +17,7 @@ use clap::{ArgAction, Parser};
 
 use crate::http::auth::Tokens;
 use crate::http::origin::Origin;
+use crate::policy::{Policy, Rule};
 
 /// The variable that holds the token itself. It has no option, as arguments show in `ps`.
 pub const TOKEN_VARIABLE: &str = "TUNNELD_ACCESS_TOKEN";
@@ -35,6 +36,8 @@ pub struct Config {
     pub exposed_token_file: Option<PathBuf>,
     /// The web origins that may open a tunnel. Empty: any with a token, none without.
     pub allow_origin: Vec<Origin>,
+    /// Which targets may be dialed.
+    pub policy: Policy,
     /// How many connections may be open at once, tunnels and unanswered requests together.
     pub max_connections: usize,
     /// From accepting a connection to the end of its request head.
@@ -111,6 +114,17 @@ struct Arguments {
     #[arg(long, env = "TUNNELD_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', value_parser = Origin::parse, help_heading = ACCESS)]
     allow_origin: Vec<Origin>,
 
+    /// Targets that may be dialed, and no others: HOST[:PORT[-PORT]]; repeatable
+    ///
+    /// HOST is a name, *.suffix, an address, a network such as 10.0.0.0/8, or * for all; [IPv6] with a port. An
+    /// address is checked as it is dialed, whatever name led to it.
+    #[arg(long, env = "TUNNELD_ALLOW_TARGET", value_name = "TARGET", value_delimiter = ',', value_parser = Rule::parse, help_heading = ACCESS)]
+    allow_target: Vec<Rule>,
+
+    /// Targets that may not be dialed, in the same form; wins over --allow-target; repeatable
+    #[arg(long, env = "TUNNELD_DENY_TARGET", value_name = "TARGET", value_delimiter = ',', value_parser = Rule::parse, help_heading = ACCESS)]
+    deny_target: Vec<Rule>,
+
     /// Longest time for a whole request head
     #[arg(long, env = "TUNNELD_HEAD_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = positive, help_heading = TIMES)]
     head_timeout: Duration,
@@ -170,6 +184,10 @@ impl Config {
             tokens,
             exposed_token_file: arguments.access_token_file.filter(|path| is_exposed(path)),
             allow_origin: arguments.allow_origin,
+            policy: Policy {
+                allow: arguments.allow_target,
+                deny: arguments.deny_target,
+            },
             max_connections: arguments.max_connections,
             head_timeout: arguments.head_timeout,
             dial_timeout: arguments.dial_timeout,

@@ -117,7 +117,8 @@ fn upgrade(
         target: name,
         accept,
     } = route(&request, &context.rules).map_err(refused)?;
-    let stream = dial(&name, Instant::now() + context.config.dial_timeout)
+    let deadline = Instant::now() + context.config.dial_timeout;
+    let stream = dial(&name, &context.config.policy, deadline)
         .map_err(|error| refused(not_reached(&name, &error)))?;
     let (target, address) = taken_over(stream).map_err(|error| {
         refused(Answer::unavailable(format!(
@@ -256,6 +257,12 @@ fn not_parsed(error: Rejected) -> Answer {
 }
 
 fn not_reached(name: &Target, error: &DialError) -> Answer {
+    if let DialError::Forbidden(_) = error {
+        let message = format!(
+            "target {name} is {error}; the operator of this daemon decides with --allow-target and --deny-target"
+        );
+        return Answer::refusal(403, message);
+    }
     Answer::refusal(
         502,
         format!("cannot reach {name}: {error}; check that it is running and listens there"),

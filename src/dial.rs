@@ -9,6 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::policy::Policy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -85,9 +86,17 @@ impl Host {
     }
 }
 
+/// Parses a port as a decimal number from 1 to 65535. `str::parse` would take a plus sign.
+pub fn parse_port(text: &str) -> Option<u16> {
+    let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|&port| is_decimal && port != 0)
+}
+
 /// Why a target can't be reached.
 #[derive(Debug)]
 pub enum DialError {
+    /// The policy permits none of these addresses. Nothing was dialed.
+    Forbidden(Vec<SocketAddr>),
     /// The name has no address, or there is no resolver.
     Resolve(String),
     /// Too many names are being resolved.
@@ -98,13 +107,18 @@ pub enum DialError {
     Connect(Vec<(SocketAddr, io::Error)>),
 }
 
-/// Connects to `target` before `deadline`, with `TCP_NODELAY` set.
+/// Connects to one of the addresses of `target` that `policy` permits, before `deadline`, with `TCP_NODELAY`
+/// set.
 ///
 /// # Errors
 /// [`DialError`].
-pub fn dial(target: &Target, deadline: Instant) -> Result<TcpStream, DialError> {
-    let addresses = resolve(target, deadline)?;
-    let stream = race(&interleave(addresses), deadline)?;
+pub fn dial(target: &Target, policy: &Policy, deadline: Instant) -> Result<TcpStream, DialError> {
+    let resolved = resolve(target, deadline)?;
+    let permitted = policy.permitted(target, resolved.clone());
+    if permitted.is_empty() {
+        return Err(DialError::Forbidden(resolved));
+    }
+    let stream = race(&interleave(permitted), deadline)?;
     // Neither failure breaks the tunnel; the stream then is a little slower, or notices a dead host later.
     let _ = stream.set_nodelay(true);
     let _ = sockopt::set_socket_keepalive(&stream, true);
@@ -301,6 +315,14 @@ impl fmt::Display for Target {
 impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            DialError::Forbidden(addresses) => {
+                let addresses = addresses.iter().map(SocketAddr::to_string);
+                write!(
+                    f,
+                    "not permitted: {}",
+                    addresses.collect::<Vec<_>>().join(", ")
+                )
+            }
             DialError::Resolve(reason) => write!(f, "its name does not resolve: {reason}"),
             DialError::ResolverBusy => write!(
                 f,
@@ -384,6 +406,29 @@ mod tests {
         ] {
             let parsed = Host::parse(text);
             assert!(parsed.is_none(), "{text:?} {parsed:?}");
+        }
+    }
+
+    #[test]
+    fn ports_are_decimal_numbers_from_1_to_65535() {
+        for (text, port) in [("1", 1), ("65535", 65535), ("080", 80)] {
+            assert_eq!(parse_port(text), Some(port));
+        }
+        for text in [
+            "",
+            "0",
+            "65536",
+            "-1",
+            "+80",
+            " 80",
+            "80 ",
+            "8e1",
+            "0x50",
+            "80\0",
+            "٨٠",
+            "99999999999999999999",
+        ] {
+            assert_eq!(parse_port(text), None, "{text:?}");
         }
     }
 

@@ -6,7 +6,7 @@
 //! 2. [`connection`] leads it from its first byte to its last, on another thread once it is a tunnel;
 //! 3. [`request_head`] reads one bounded request head, and no byte more is lost;
 //! 4. [`http`] has tiny_http parse it, on a private socket, and runs every check in order;
-//! 5. [`dial`] resolves the target and races its addresses, before one deadline;
+//! 5. [`dial`] resolves the target, keeps to the [`policy`] and races the addresses, before one deadline;
 //! 6. a refusal is answered and goes to the [`lingering_close`];
 //! 7. after a 101, [`tunnel`] relays: inbound and outbound, one thread each, and a keepalive;
 //! 8. an orderly end on one side becomes an orderly end on the other, a broken one a broken one;
@@ -26,6 +26,7 @@ pub mod http;
 pub mod lingering_close;
 pub mod lock;
 pub mod log_limit;
+pub mod policy;
 pub mod request_head;
 pub mod threads;
 pub mod tunnel;

@@ -10,7 +10,7 @@ use super::answer::Answer;
 use super::auth::Tokens;
 use super::origin::{Origin, check_host, check_origin};
 use super::{Request, handshake};
-use crate::dial::{Host, Target};
+use crate::dial::{Host, Target, parse_port};
 
 /// The API's own description, served at `/openapi.yaml`.
 pub const OPENAPI: &str = include_str!("openapi.yaml");
@@ -201,12 +201,6 @@ fn parameter<'a>(query: &'a str, name: &str) -> Result<Option<Cow<'a, str>>, Ans
     }
 }
 
-/// `str::parse` would take a plus sign.
-fn parse_port(text: &str) -> Option<u16> {
-    let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse().ok().filter(|&port| is_decimal && port != 0)
-}
-
 /// A value of the client's for a message: quoted, escaped, and not too long.
 fn shown(value: &str) -> String {
     let start: String = value.chars().take(80).collect();
@@ -217,29 +211,6 @@ fn shown(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ports_are_decimal_numbers_from_1_to_65535() {
-        for (text, port) in [("1", 1), ("65535", 65535), ("080", 80)] {
-            assert_eq!(parse_port(text), Some(port));
-        }
-        for text in [
-            "",
-            "0",
-            "65536",
-            "-1",
-            "+80",
-            " 80",
-            "80 ",
-            "8e1",
-            "0x50",
-            "80\0",
-            "٨٠",
-            "99999999999999999999",
-        ] {
-            assert_eq!(parse_port(text), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn percent_encoding_is_undone_once() {

@@ -576,33 +576,10 @@ fn a_target_that_never_answers_is_502_after_the_dial_timeout() {
     assert!(start.elapsed() >= Duration::from_millis(300));
 }
 
-/// A daemon in a mount namespace of its own, whose only name server takes queries and never answers.
-/// `None` where that can't be made.
+/// A daemon whose only name server takes queries and never answers. `None` where that can't be made.
 fn daemon_with_a_hanging_resolver(server: &UdpSocket) -> Option<Daemon> {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(
-        &file,
-        format!("nameserver {}\n", server.local_addr().unwrap().ip()),
-    )
-    .unwrap();
-    let path = file.path().to_str().unwrap();
-    let mount = format!("mount --bind {path} /etc/resolv.conf");
-    let can = Command::new("unshare")
-        .args(["--mount", "sh", "-c", &mount])
-        .output();
-    if !can.is_ok_and(|output| output.status.success()) {
-        return None;
-    }
-    let inner = Daemon::command(&["--dial-timeout", "300ms"]);
-    let mut command = Command::new("unshare");
-    command.args([
-        "--mount",
-        "sh",
-        "-c",
-        &format!("{mount} && exec \"$0\" \"$@\""),
-    ]);
-    command.arg(inner.get_program()).args(inner.get_args());
-    Some(Daemon::spawn(command))
+    let text = format!("nameserver {}\n", server.local_addr().unwrap().ip());
+    Daemon::start_with_file("/etc/resolv.conf", &text, &["--dial-timeout", "300ms"])
 }
 
 #[test]

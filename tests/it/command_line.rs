@@ -106,6 +106,8 @@ fn every_option_has_a_variable() {
         "access-token-file",
         "no-auth",
         "allow-origin",
+        "allow-target",
+        "deny-target",
         "max-connections",
         "head-timeout",
         "dial-timeout",

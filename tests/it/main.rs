@@ -9,6 +9,7 @@ mod hostile;
 mod keepalive;
 mod network;
 mod openapi;
+mod policy;
 mod properties;
 mod relay;
 mod shutdown;

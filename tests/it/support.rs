@@ -49,6 +49,26 @@ impl Daemon {
         Daemon::spawn(command)
     }
 
+    /// An open daemon in a mount namespace of its own, which sees `text` as the file at `path`. `None` where that
+    /// can't be made.
+    pub fn start_with_file(path: &str, text: &str, options: &[&str]) -> Option<Daemon> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, text).unwrap();
+        let mount = format!("mount --bind {} {path}", file.path().display());
+        let can = Command::new("unshare")
+            .args(["--mount", "sh", "-c", &mount])
+            .output();
+        if !can.is_ok_and(|output| output.status.success()) {
+            return None;
+        }
+        let inner = Daemon::command(options);
+        let mut command = Command::new("unshare");
+        let script = format!("{mount} && exec \"$0\" \"$@\"");
+        command.args(["--mount", "sh", "-c", &script]);
+        command.arg(inner.get_program()).args(inner.get_args());
+        Some(Daemon::spawn(command))
+    }
+
     pub fn command(options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tunneld"));
         let inherited =

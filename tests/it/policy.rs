@@ -1,0 +1,133 @@
+//! `--allow-target` and `--deny-target`, attacked: 403, and nothing is dialed.
+
+use crate::support::*;
+
+/// Asks for a tunnel that must be refused by the policy, and returns why.
+fn forbidden(daemon: &Daemon, host: &str, port: u16) -> String {
+    let host = host.replace('[', "%5B").replace(']', "%5D");
+    let answer = daemon.get_upgrade(&format!("/tunnel?host={host}&port={port}"), &[]);
+    assert_eq!(answer.status, 403, "{host}:{port} {}", answer.body);
+    answer.message()
+}
+
+fn permitted(daemon: &Daemon, host: &str, target: &Target) {
+    let url = format!("/tunnel?host={host}&port={}", target.port);
+    let mut client = Client::open_with(daemon, &url, &[]);
+    client.send(b"x");
+    assert_eq!(client.see(), Seen::Binary(b"x".to_vec()));
+}
+
+/// Every way to say loopback.
+const LOOPBACK: [&str; 11] = [
+    "",
+    "localhost",
+    "db.localhost",
+    "127.0.0.1",
+    "127.9.9.9",
+    "0x7f.1",
+    "2130706433",
+    "0.0.0.0",
+    "::1",
+    "[::]",
+    "::ffff:127.0.0.1",
+];
+
+#[test]
+fn a_denied_address_is_403_in_every_spelling_and_never_dialed() {
+    let daemon = Daemon::start(&["--deny-target", "localhost"]);
+    let target = Target::listen();
+    for host in LOOPBACK {
+        let message = forbidden(&daemon, host, target.port);
+        assert!(message.contains("--deny-target"), "{message}");
+    }
+    assert!(!target.was_dialed());
+    daemon.logged(LOOPBACK.len(), &["refused:", "status=403"]);
+}
+
+#[test]
+fn only_what_is_allowed_is_dialed() {
+    let target = Target::echo();
+    let (port, beside) = (target.port, target.port.wrapping_add(1).max(1));
+    let rule = format!("127.0.0.1:{port}");
+    let daemon = Daemon::start(&["--allow-target", &rule]);
+    for host in ["localhost", "127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1"] {
+        permitted(&daemon, host, &target);
+    }
+    for (host, port) in [("localhost", beside), ("::1", port), ("127.0.0.2", port)] {
+        forbidden(&daemon, host, port);
+    }
+}
+
+#[test]
+fn a_range_of_ports_ends_where_it_says() {
+    let target = Target::echo();
+    let port = target.port;
+    let daemon = Daemon::start(&["--allow-target", &format!("*:{port}-{port}")]);
+    permitted(&daemon, "localhost", &target);
+    for beside in [port - 1, port + 1] {
+        forbidden(&daemon, "localhost", beside);
+    }
+    let daemon = Daemon::start(&[
+        "--allow-target",
+        "localhost",
+        "--deny-target",
+        &format!("*:{}-{}", port - 2, port - 1),
+        "--deny-target",
+        &format!("*:{}-{}", port + 1, port + 2),
+    ]);
+    permitted(&daemon, "localhost", &target);
+    for beside in [port - 1, port + 1] {
+        forbidden(&daemon, "localhost", beside);
+    }
+}
+
+const HOSTS: &str =
+    "127.0.0.1 both.test\n127.0.0.9 both.test hidden.test\n127.0.0.1 open.test a.sub.test\n";
+
+#[test]
+fn a_name_is_judged_by_what_it_resolves_to() {
+    let options = ["--deny-target", "127.0.0.9"];
+    let Some(daemon) = Daemon::start_with_file("/etc/hosts", HOSTS, &options) else {
+        println!("skipped: needs root and mount namespaces");
+        return;
+    };
+    let (target, hidden) = (Target::echo(), Target::listen_on("127.0.0.9:0"));
+    let message = forbidden(&daemon, "hidden.test", hidden.port);
+    assert!(message.contains("127.0.0.9"), "{message}");
+    permitted(&daemon, "open.test", &target);
+    permitted(&daemon, "both.test", &target);
+    // Only the denied address listens at this port.
+    let url = format!("/tunnel?host=both.test&port={}", hidden.port);
+    assert_eq!(daemon.get_upgrade(&url, &[]).status, 502);
+    assert!(!hidden.was_dialed());
+}
+
+#[test]
+fn names_are_allowed_and_denied_by_name() {
+    let options = ["--allow-target", "*.test", "--deny-target", "open.test"];
+    let Some(daemon) = Daemon::start_with_file("/etc/hosts", HOSTS, &options) else {
+        println!("skipped: needs root and mount namespaces");
+        return;
+    };
+    let target = Target::echo();
+    permitted(&daemon, "a.sub.test", &target);
+    permitted(&daemon, "BOTH.test", &target);
+    for host in ["open.test", "OPEN.test.", "localhost", "127.0.0.1"] {
+        forbidden(&daemon, host, target.port);
+    }
+}
+
+#[test]
+fn a_rule_that_is_none_is_said_at_start() {
+    for option in ["--allow-target", "--deny-target"] {
+        for rule in ["localhost:0", "10.0.0.0/40", "a b", "localhost:9-1"] {
+            let output = Daemon::command(&[option, rule]).output().unwrap();
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{stderr}");
+            assert!(
+                stderr.contains(option) && stderr.lines().count() == 1,
+                "{stderr}"
+            );
+        }
+    }
+}
