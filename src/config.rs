@@ -5,17 +5,16 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::error::ErrorKind;
 use clap::{ArgAction, Parser};
 
-use crate::http::auth::Tokens;
+use crate::http::auth::{Access, Tokens};
 use crate::http::origin::Origin;
 use crate::policy::{Policy, Rule};
 
@@ -31,9 +30,7 @@ pub struct Config {
     /// The address to listen on; port 0 takes a free one.
     pub listen: SocketAddr,
     /// The tokens that open the daemon; `None` leaves it open.
-    pub tokens: Option<Tokens>,
-    /// The token file, if others than its owner can read it.
-    pub exposed_token_file: Option<PathBuf>,
+    pub access: Option<Arc<Access>>,
     /// The web origins that may open a tunnel. Empty: any with a token, none without.
     pub allow_origin: Vec<Origin>,
     /// Which targets may be dialed.
@@ -100,7 +97,7 @@ struct Arguments {
     #[arg(long, env = "TUNNELD_MAX_CONNECTIONS", value_name = "N", default_value = "512", value_parser = at_least_one)]
     max_connections: usize,
 
-    /// File that holds the access token(s), one a line
+    /// File that holds the access token(s), one a line; read again when it changes
     #[arg(long, env = "TUNNELD_ACCESS_TOKEN_FILE", value_name = "PATH", help_heading = ACCESS)]
     access_token_file: Option<PathBuf>,
 
@@ -177,12 +174,11 @@ impl Config {
         I: IntoIterator<Item = OsString>,
     {
         let arguments = Arguments::try_parse_from(arguments).map_err(one_line)?;
-        let tokens = tokens(arguments.access_token_file.as_deref())?;
-        check_access(&arguments, tokens.is_some())?;
+        let access = access(arguments.access_token_file.clone())?;
+        check_access(&arguments, access.is_some())?;
         Ok(Config {
             listen: arguments.listen,
-            tokens,
-            exposed_token_file: arguments.access_token_file.filter(|path| is_exposed(path)),
+            access: access.map(Arc::new),
             allow_origin: arguments.allow_origin,
             policy: Policy {
                 allow: arguments.allow_target,
@@ -219,38 +215,21 @@ fn check_access(arguments: &Arguments, has_token: bool) -> Result<(), String> {
     Ok(())
 }
 
-fn tokens(file: Option<&Path>) -> Result<Option<Tokens>, String> {
+fn access(file: Option<PathBuf>) -> Result<Option<Access>, String> {
     let variable = std::env::var_os(TOKEN_VARIABLE);
     match (file, variable) {
         (Some(_), Some(_)) => Err(format!(
             "{TOKEN_VARIABLE} and --access-token-file are both set: remove one of them"
         )),
-        (Some(path), None) => read_tokens(path).map(Some),
+        (Some(path), None) => Access::from_file(path).map(Some),
         (None, Some(value)) => {
             let value = value.into_string().unwrap_or_default();
             Tokens::parse(&value)
-                .map(Some)
+                .map(|tokens| Some(Access::fixed(tokens)))
                 .map_err(|error| format!("{TOKEN_VARIABLE} {error}"))
         }
         (None, None) => Ok(None),
     }
-}
-
-fn read_tokens(path: &Path) -> Result<Tokens, String> {
-    let text = fs::read_to_string(path).map_err(|error| {
-        format!(
-            "cannot read the access token file {}: {error}",
-            path.display()
-        )
-    })?;
-    Tokens::parse(&text)
-        .map_err(|error| format!("the access token file {} {error}", path.display()))
-}
-
-/// Whether others than the owner and the group may read the file.
-fn is_exposed(path: &Path) -> bool {
-    const OTHERS_READ: u32 = 0o004;
-    fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & OTHERS_READ != 0)
 }
 
 /// clap explains over several paragraphs; scripts and logs want one line.

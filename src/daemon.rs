@@ -78,7 +78,7 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
     let limits = limits(config.max_connections)?;
     let connections = Connections::new(limits.connections, limits.leaving);
     let rules = Rules {
-        tokens: config.tokens.clone(),
+        access: config.access.clone(),
         allow_origin: config.allow_origin.clone(),
     };
     let context = Context {

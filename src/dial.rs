@@ -95,7 +95,7 @@ pub fn parse_port(text: &str) -> Option<u16> {
 /// Why a target can't be reached.
 #[derive(Debug)]
 pub enum DialError {
-    /// The policy permits none of these addresses. Nothing was dialed.
+    /// The policy permits none of these addresses, or no address at all. Nothing was dialed.
     Forbidden(Vec<SocketAddr>),
     /// The name has no address, or there is no resolver.
     Resolve(String),
@@ -113,6 +113,9 @@ pub enum DialError {
 /// # Errors
 /// [`DialError`].
 pub fn dial(target: &Target, policy: &Policy, deadline: Instant) -> Result<TcpStream, DialError> {
+    if policy.rules_out(target) {
+        return Err(DialError::Forbidden(Vec::new()));
+    }
     let resolved = resolve(target, deadline)?;
     let permitted = policy.permitted(target, resolved.clone());
     if permitted.is_empty() {
@@ -315,6 +318,7 @@ impl fmt::Display for Target {
 impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            DialError::Forbidden(addresses) if addresses.is_empty() => f.write_str("not permitted"),
             DialError::Forbidden(addresses) => {
                 let addresses = addresses.iter().map(SocketAddr::to_string);
                 write!(

@@ -39,14 +39,11 @@ fn start() -> Result<ExitCode, NoConfig> {
             config.listen
         )
     })?;
-    if config.tokens.is_none() {
-        log::warn!("no access token is set: everyone who can connect may reach every port in here");
-    }
-    if let Some(path) = &config.exposed_token_file {
-        log::warn!(
-            "everyone can read the access token file {}: chmod o-r it",
-            path.display()
-        );
+    match &config.access {
+        Some(access) => access.warn_if_exposed(),
+        None => log::warn!(
+            "no access token is set: everyone who can connect may reach every port in here"
+        ),
     }
     let shutdown = Arc::new(Shutdown::new().map_err(|error| format!("cannot start: {error}"))?);
     handle_signals(&shutdown)?;

@@ -41,6 +41,14 @@ enum Hosts {
 }
 
 impl Policy {
+    /// Whether `target` is forbidden whatever it resolves to. Then its name is not even looked up, as a name can
+    /// carry data out to whoever answers for it.
+    pub fn rules_out(&self, target: &Target) -> bool {
+        let denied = self.deny.iter().any(|rule| rule.matches_name(target));
+        let may_match = |rule: &Rule| rule.is_of_addresses() || rule.matches_name(target);
+        denied || !(self.allow.is_empty() || self.allow.iter().any(may_match))
+    }
+
     /// Those of a target's resolved addresses that may be dialed, in their order.
     pub fn permitted(&self, target: &Target, addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
         let is_permitted = |address: &SocketAddr| {
@@ -79,19 +87,32 @@ impl Rule {
         })
     }
 
-    fn matches(&self, target: &Target, address: IpAddr) -> bool {
+    fn is_of_addresses(&self) -> bool {
+        matches!(self.hosts, Hosts::Loopback | Hosts::Network(_))
+    }
+
+    /// Whether it matches, whatever the address.
+    fn matches_name(&self, target: &Target) -> bool {
         let name = match &target.host {
-            Host::Name(name) => Some(name.strip_suffix('.').unwrap_or(name)),
-            Host::Localhost | Host::Address(_) => None,
+            Host::Name(name) => name.strip_suffix('.').unwrap_or(name),
+            Host::Localhost | Host::Address(_) => "",
         };
         let is_host = match &self.hosts {
             Hosts::Any => true,
-            Hosts::Loopback => address.is_loopback(),
-            Hosts::Network(network) => network.contains(&address),
-            Hosts::Name(wanted) => name == Some(wanted),
-            Hosts::Suffix(suffix) => name.is_some_and(|name| name.ends_with(suffix.as_str())),
+            Hosts::Name(wanted) => name == wanted,
+            Hosts::Suffix(suffix) => name.ends_with(suffix.as_str()),
+            Hosts::Loopback | Hosts::Network(_) => false,
         };
         is_host && self.ports.contains(&target.port)
+    }
+
+    fn matches(&self, target: &Target, address: IpAddr) -> bool {
+        let is_address = match &self.hosts {
+            Hosts::Loopback => address.is_loopback(),
+            Hosts::Network(network) => network.contains(&address),
+            Hosts::Any | Hosts::Name(_) | Hosts::Suffix(_) => return self.matches_name(target),
+        };
+        is_address && self.ports.contains(&target.port)
     }
 }
 
@@ -267,6 +288,18 @@ mod tests {
             assert!(!may(&denying, address, address, 80), "{address}");
         }
         assert!(may(&denying, "a.example", "10.0.0.1", 80));
+    }
+
+    #[test]
+    fn a_name_that_can_only_be_forbidden_is_not_looked_up() {
+        let rules_out = |allow: &[&str], deny: &[&str]| {
+            let host = Host::parse("a.example").unwrap();
+            policy(allow, deny).rules_out(&Target { host, port: 80 })
+        };
+        assert!(rules_out(&["b.example"], &[]) && rules_out(&["a.example:81"], &[]));
+        assert!(rules_out(&[], &["*.example"]) && rules_out(&["a.example"], &["*:80"]));
+        assert!(!rules_out(&[], &[]) && !rules_out(&["10.0.0.0/8"], &["10.0.0.1"]));
+        assert!(!rules_out(&["b.example", "*.example"], &["a.example:81"]));
     }
 
     #[test]

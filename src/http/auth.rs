@@ -1,8 +1,23 @@
-//! Access tokens: what they may be made of, and the comparison.
+//! Access tokens: what they may be made of, where they come from, and the comparison.
 
 use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
 use subtle::{Choice, ConstantTimeEq};
+
+use crate::lock::lock;
+
+/// A file that changed less than this before it was read may change again without a trace, as its time of
+/// change is only as fine as the kernel's tick; so it is read again.
+const SETTLED: Duration = Duration::from_secs(1);
+
+/// The longest token file, in bytes.
+const MAX_FILE: u64 = 1024 * 1024;
 
 /// The tokens any one of which opens the daemon. They can't be printed.
 #[derive(Clone)]
@@ -43,6 +58,166 @@ impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tokens({} hidden)", self.0.len())
     }
+}
+
+/// The tokens of a daemon that wants one, kept up to date with their file.
+#[derive(Debug)]
+pub struct Access {
+    file: Option<TokenFile>,
+    tokens: Mutex<Arc<Tokens>>,
+}
+
+/// A token file, and how it looked when it was last read.
+#[derive(Debug)]
+struct TokenFile {
+    path: PathBuf,
+    read: Mutex<Read>,
+}
+
+/// How a file looked, or why it could not be looked at.
+#[derive(Debug, PartialEq)]
+struct Read {
+    state: Result<State, io::ErrorKind>,
+    /// It had not changed for [`SETTLED`] when it was read.
+    is_settled: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct State {
+    device: u64,
+    inode: u64,
+    length: u64,
+    /// The time of the last change of its content or its permissions, in nanoseconds.
+    changed: i128,
+}
+
+impl Access {
+    /// Tokens that stay as they are.
+    pub fn fixed(tokens: Tokens) -> Access {
+        Access {
+            file: None,
+            tokens: Mutex::new(Arc::new(tokens)),
+        }
+    }
+
+    /// The tokens in the file at `path`, one a line. Later changes of the file are followed.
+    ///
+    /// # Errors
+    /// Why there are none, in a sentence.
+    pub fn from_file(path: PathBuf) -> Result<Access, String> {
+        let read = Read::of(&path);
+        let tokens = read_tokens(&path)?;
+        // A pipe, such as the shell's <(...), can be read once.
+        let can_change = fs::metadata(&path).is_ok_and(|file| file.is_file());
+        let file = can_change.then(|| TokenFile {
+            path,
+            read: Mutex::new(read),
+        });
+        Ok(Access {
+            file,
+            tokens: Mutex::new(Arc::new(tokens)),
+        })
+    }
+
+    /// Logs a warning if others than its owner and its group can read the file.
+    pub fn warn_if_exposed(&self) {
+        const OTHERS_READ: u32 = 0o004;
+        let Some(TokenFile { path, .. }) = &self.file else {
+            return;
+        };
+        if fs::metadata(path).is_ok_and(|file| file.permissions().mode() & OTHERS_READ != 0) {
+            log::warn!(
+                "everyone can read the access token file {}: chmod o-r it",
+                path.display()
+            );
+        }
+    }
+
+    /// Whether `presented` is one of the tokens as they are now.
+    pub fn accept(&self, presented: &[u8]) -> bool {
+        if let Some(file) = &self.file {
+            self.follow(file);
+        }
+        let tokens = Arc::clone(&lock(&self.tokens));
+        tokens.accept(presented)
+    }
+
+    /// Reads the file again if it has changed. If that gives no tokens, the last ones stay.
+    fn follow(&self, file: &TokenFile) {
+        let mut last = lock(&file.read);
+        let now = Read::of(&file.path);
+        if now == *last && last.is_settled {
+            return;
+        }
+        let is_news = now.state != last.state;
+        *last = now;
+        match read_file(&file.path) {
+            Ok(tokens) => {
+                if is_news {
+                    log::info!(
+                        "access tokens read again from {}: {tokens:?}",
+                        file.path.display()
+                    );
+                    self.warn_if_exposed();
+                }
+                *lock(&self.tokens) = Arc::new(tokens);
+            }
+            Err(error) => {
+                // It may have been for want of a descriptor.
+                last.is_settled = false;
+                if is_news {
+                    log::error!("{error}; the last good tokens stay valid");
+                }
+            }
+        }
+    }
+}
+
+impl Read {
+    fn of(path: &Path) -> Read {
+        let state = fs::metadata(path).map(|file| State {
+            device: file.dev(),
+            inode: file.ino(),
+            length: file.len(),
+            changed: i128::from(file.ctime()) * 1_000_000_000 + i128::from(file.ctime_nsec()),
+        });
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_nanos() as i128;
+        let is_settled = |state: &State| now - state.changed > SETTLED.as_nanos() as i128;
+        let is_settled = state.as_ref().map_or(true, is_settled);
+        let state = state.map_err(|error| error.kind());
+        Read { state, is_settled }
+    }
+}
+
+/// Opening a pipe could take forever.
+fn read_file(path: &Path) -> Result<Tokens, String> {
+    match fs::metadata(path) {
+        Ok(file) if !file.is_file() => Err(format!(
+            "the access token file {} is no regular file any more",
+            path.display()
+        )),
+        _ => read_tokens(path),
+    }
+}
+
+fn read_tokens(path: &Path) -> Result<Tokens, String> {
+    let name = path.display();
+    let text = read_bounded(path)
+        .map_err(|error| format!("cannot read the access token file {name}: {error}"))?;
+    Tokens::parse(&text).map_err(|error| format!("the access token file {name} {error}"))
+}
+
+fn read_bounded(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let file = fs::File::open(path)?;
+    io::Read::read_to_string(&mut io::Read::take(file, MAX_FILE + 1), &mut text)?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(io::Error::other(format!(
+            "it is longer than {MAX_FILE} bytes"
+        )));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

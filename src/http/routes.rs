@@ -2,12 +2,13 @@
 //! of the table in the README.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use tiny_http::Method;
 use url::{Url, form_urlencoded};
 
 use super::answer::Answer;
-use super::auth::Tokens;
+use super::auth::Access;
 use super::origin::{Origin, check_host, check_origin};
 use super::{Request, handshake};
 use crate::dial::{Host, Target, parse_port};
@@ -19,7 +20,7 @@ pub const OPENAPI: &str = include_str!("openapi.yaml");
 #[derive(Debug, Clone)]
 pub struct Rules {
     /// The tokens, or `None` for an open daemon.
-    pub tokens: Option<Tokens>,
+    pub access: Option<Arc<Access>>,
     /// The origins named with `--allow-origin`.
     pub allow_origin: Vec<Origin>,
 }
@@ -95,15 +96,13 @@ fn only(request: &Request, allowed: &[Method]) -> Result<(), Answer> {
 }
 
 fn authenticate(request: &Request, rules: &Rules) -> Result<(), Answer> {
-    let Some(tokens) = &rules.tokens else {
+    let Some(access) = &rules.access else {
         return Ok(());
     };
     let message = match request.headers("X-Access-Token")[..] {
-        [token] if tokens.accept(token.as_bytes()) => return Ok(()),
-        [_] => "the token in X-Access-Token is wrong: send the one this daemon was started with",
-        [] => {
-            "X-Access-Token is missing: send the token this daemon was started with in that header"
-        }
+        [token] if access.accept(token.as_bytes()) => return Ok(()),
+        [_] => "the token in X-Access-Token is wrong: send one that this daemon takes",
+        [] => "X-Access-Token is missing: send the access token of this daemon in that header",
         _ => "X-Access-Token is repeated: send one",
     };
     // RFC 9110 §11.6.1 asks for a challenge with every 401.
@@ -112,7 +111,7 @@ fn authenticate(request: &Request, rules: &Rules) -> Result<(), Answer> {
 
 /// Web pages are held to the origin rules; the host rule is for an open daemon alone.
 fn check_page(request: &Request, location: &Location, rules: &Rules) -> Result<(), Answer> {
-    let has_token = rules.tokens.is_some();
+    let has_token = rules.access.is_some();
     let refuse = |message| Answer::refusal(403, message);
     check_origin(&request.headers("Origin"), &rules.allow_origin, has_token).map_err(refuse)?;
     if has_token {

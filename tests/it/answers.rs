@@ -1,9 +1,7 @@
 //! The table of answers, row by row, and the order of its rows.
 
-use std::fs;
 use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -12,6 +12,7 @@ mod openapi;
 mod policy;
 mod properties;
 mod relay;
+mod rotation;
 mod shutdown;
 mod soak;
 mod support;

@@ -134,7 +134,7 @@ fn request_with(target: String, headers: &[(String, String)]) -> Option<Request>
 }
 
 const OPEN: Rules = Rules {
-    tokens: None,
+    access: None,
     allow_origin: Vec::new(),
 };
 
