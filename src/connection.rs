@@ -15,9 +15,10 @@ use crate::dial::{DialError, Target, dial};
 use crate::http::answer::Answer;
 use crate::http::backend::{Backend, Rejected};
 use crate::http::handshake;
-use crate::http::routes::{Rules, Upgrade, route};
+use crate::http::routes::{Passed, Rules, Upgrade, route};
 use crate::lingering_close::{LingeringClose, Patience, WITH_REFUSED};
 use crate::log_limit::LogLimit;
+use crate::metrics::{CONTENT_TYPE, Metrics};
 use crate::request_head::{self, HeadError, MAX_HEAD, MAX_HEADERS};
 use crate::tunnel;
 use crate::tunnel::state::State;
@@ -40,6 +41,8 @@ pub struct Context {
     pub closer: LingeringClose,
     /// Where tunnels run.
     pub threads: TunnelThreads,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// An answer that ends the connection, and how to print it.
@@ -78,7 +81,7 @@ pub fn serve(context: &Arc<Context>, client: Arc<TcpStream>, peer: SocketAddr, p
 
 /// The connection's last answer. Its place must be free by now, for a client that has seen it may come again.
 fn refuse(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, refused: &Refused) {
-    log_answer(peer, &refused.answer);
+    context.note_answer(peer, &refused.answer);
     let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
     let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
     if (&*client).write_all(&bytes).is_ok() {
@@ -116,10 +119,14 @@ fn upgrade(
     let Upgrade {
         target: name,
         accept,
-    } = route(&request, &context.rules).map_err(refused)?;
-    let deadline = Instant::now() + context.config.dial_timeout;
-    let stream = dial(&name, &context.config.policy, deadline)
-        .map_err(|error| refused(not_reached(&name, &error)))?;
+    } = match route(&request, &context.rules).map_err(refused)? {
+        Passed::Tunnel(upgrade) => upgrade,
+        Passed::Metrics => {
+            let text = context.metrics.text(&permit.census());
+            return Err(refused(Answer::success(200, Some(CONTENT_TYPE), text)));
+        }
+    };
+    let stream = timed_dial(context, &name).map_err(|error| refused(not_reached(&name, &error)))?;
     let (target, address) = taken_over(stream).map_err(|error| {
         refused(Answer::unavailable(format!(
             "no room for a tunnel, try again: {error}"
@@ -134,6 +141,19 @@ fn upgrade(
         early,
         answer,
     })
+}
+
+fn timed_dial(context: &Context, name: &Target) -> Result<TcpStream, DialError> {
+    let start = Instant::now();
+    let dialed = dial(
+        name,
+        &context.config.policy,
+        start + context.config.dial_timeout,
+    );
+    if !matches!(dialed, Err(DialError::Forbidden(_))) {
+        context.metrics.note_dial(dialed.is_ok(), start.elapsed());
+    }
+    dialed
 }
 
 fn taken_over(stream: TcpStream) -> io::Result<(TargetSocket, SocketAddr)> {
@@ -161,6 +181,7 @@ fn start_tunnel(
         target: ready.target,
     };
     let open = || {
+        context.metrics.note_opened();
         log::info!("tunnel opened: {name}");
         (&**client).write_all(&ready.answer)
     };
@@ -168,6 +189,7 @@ fn start_tunnel(
         let (context, client) = (Arc::clone(context), Arc::clone(client));
         let (state, name) = (Arc::clone(&state), name.clone());
         move |outcome: &Outcome| {
+            context.metrics.note_closed(outcome.end, state.age());
             permit.leave();
             log_end(&name, outcome, &state);
             if outcome.client_is_there {
@@ -213,15 +235,18 @@ impl Refused {
 /// The most refusals logged in a second.
 static REFUSALS: LogLimit = LogLimit::new(100);
 
-/// Logs an answer before it is sent, as websocat never shows a refusal's body.
-pub fn log_answer(peer: SocketAddr, answer: &Answer) {
-    let (status, reason) = (answer.status, &answer.message);
-    if status < 400 {
-        return log::debug!("answered: peer={peer} status={status}");
+impl Context {
+    /// Logs an answer before it is sent, as websocat never shows a refusal's body, and counts a refusal.
+    pub fn note_answer(&self, peer: SocketAddr, answer: &Answer) {
+        let (status, reason) = (answer.status, &answer.message);
+        if status < 400 {
+            return log::debug!("answered: peer={peer} status={status}");
+        }
+        self.metrics.note_refusal(status);
+        REFUSALS.log("refusals", || {
+            log::info!("refused: peer={peer} status={status} reason={reason:?}")
+        });
     }
-    REFUSALS.log("refusals", || {
-        log::info!("refused: peer={peer} status={status} reason={reason:?}")
-    });
 }
 
 fn no_head(error: &HeadError, context: &Context) -> Option<Answer> {

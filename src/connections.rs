@@ -29,6 +29,23 @@ struct Table {
     threads: usize,
     /// The grace is over: a tunnel that opens now is to end at once.
     over: bool,
+    /// Payload bytes of ended tunnels, up and down.
+    moved: (u64, u64),
+}
+
+/// What there is at one time.
+#[derive(Debug)]
+pub struct Census {
+    /// Open connections, tunnels among them.
+    pub connections: usize,
+    /// How many there may be.
+    pub limit: usize,
+    /// Open tunnels.
+    pub tunnels: usize,
+    /// Payload bytes given to targets since the start.
+    pub up: u64,
+    /// Payload bytes given to clients since the start.
+    pub down: u64,
 }
 
 #[derive(Debug)]
@@ -114,12 +131,41 @@ impl Connections {
         true
     }
 
+    /// Counts. Bytes of a tunnel never go missing, or count twice, while it ends.
+    pub fn census(&self) -> Census {
+        let table = self.table();
+        let mut census = Census {
+            connections: table.open.len(),
+            limit: self.limit,
+            tunnels: 0,
+            up: table.moved.0,
+            down: table.moved.1,
+        };
+        for phase in table.open.values() {
+            if let Phase::Tunnel(state) = phase {
+                let (up, down) = state.counts();
+                census.tunnels += 1;
+                census.up += up;
+                census.down += down;
+            }
+        }
+        census
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         lock(&self.table)
     }
 }
 
 impl Table {
+    fn close(&mut self, id: u64) {
+        if let Some(Phase::Tunnel(state)) = self.open.remove(&id) {
+            let (up, down) = state.counts();
+            self.moved.0 += up;
+            self.moved.1 += down;
+        }
+    }
+
     /// Takes its place from the oldest connection without a head, and wakes its thread.
     fn let_one_go(&mut self) -> Option<()> {
         let oldest = self
@@ -148,7 +194,12 @@ impl Permit {
 
     /// Gives the place back before the last answer, so that a client that has seen it finds the place free.
     pub fn leave(&self) {
-        self.connections.table().open.remove(&self.id);
+        self.connections.table().close(self.id);
+    }
+
+    /// Counts all connections.
+    pub fn census(&self) -> Census {
+        self.connections.census()
     }
 
     /// The connection becomes a tunnel.
@@ -164,7 +215,7 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut table = self.connections.table();
-        table.open.remove(&self.id);
+        table.close(self.id);
         table.threads -= 1;
         drop(table);
         self.connections.freed.notify_all();

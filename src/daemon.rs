@@ -20,6 +20,7 @@ use crate::http::backend::Backend;
 use crate::http::routes::Rules;
 use crate::lingering_close::{LingeringClose, WITH_REFUSED};
 use crate::log_limit::LogLimit;
+use crate::metrics::Metrics;
 use crate::threads::Threads;
 use crate::tunnel::TunnelThreads;
 use crate::tunnel::keepalive::CLOSE_LIMIT;
@@ -87,6 +88,7 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
         backend: Backend::start()?,
         closer: LingeringClose::start(limits.leaving)?,
         threads: TunnelThreads::default(),
+        metrics: Metrics::new().map_err(io::Error::other)?,
     };
     let gate = Gate {
         context: Arc::new(context),
@@ -155,7 +157,7 @@ impl Gate {
     /// Answers 503 without a thread. A fresh socket's buffer has room for it.
     fn turn_away(&self, client: Arc<TcpStream>, peer: SocketAddr, why: &str) {
         let answer = Answer::unavailable(why);
-        connection::log_answer(peer, &answer);
+        self.context.note_answer(peer, &answer);
         let bytes = answer.to_bytes(&HTTPVersion(1, 1), false);
         if send(&*client, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok() {
             self.context.closer.close_later(client, WITH_REFUSED);

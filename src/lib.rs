@@ -12,8 +12,8 @@
 //! 8. an orderly end on one side becomes an orderly end on the other, a broken one a broken one;
 //! 9. the end is logged once, the sockets are closed, the place is free.
 //!
-//! [`config`] holds every option, and [`log_limit`] bounds the log. Only blocking sockets and threads are used; each wait has a limit or an
-//! owner that ends it.
+//! [`config`] holds every option, [`metrics`] counts, and [`log_limit`] bounds the log. Only blocking sockets and
+//! threads are used; each wait has a limit or an owner that ends it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -26,6 +26,7 @@ pub mod http;
 pub mod lingering_close;
 pub mod lock;
 pub mod log_limit;
+pub mod metrics;
 pub mod policy;
 pub mod request_head;
 pub mod threads;

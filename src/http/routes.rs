@@ -1,4 +1,4 @@
-//! From a request to its answer, or to the wish to be upgraded: every check before the dial, in the order
+//! From a request to its answer, or to what is to be done: every check before the dial, in the order
 //! of the table in the README.
 
 use std::borrow::Cow;
@@ -25,6 +25,15 @@ pub struct Rules {
     pub allow_origin: Vec<Origin>,
 }
 
+/// What is to be done about a request that has passed every check.
+#[derive(Debug)]
+pub enum Passed {
+    /// To dial, and to open a tunnel.
+    Tunnel(Upgrade),
+    /// To answer with the metrics.
+    Metrics,
+}
+
 /// A request that has passed every check before the dial.
 #[derive(Debug)]
 pub struct Upgrade {
@@ -37,8 +46,8 @@ pub struct Upgrade {
 /// Runs the checks.
 ///
 /// # Errors
-/// The [`Answer`] of a request that is not to be upgraded, refusal or not.
-pub fn route(request: &Request, rules: &Rules) -> Result<Upgrade, Answer> {
+/// The [`Answer`] of any other request, refusal or not.
+pub fn route(request: &Request, rules: &Rules) -> Result<Passed, Answer> {
     let location = Location::of(request)?;
     if location.path == "/health" {
         return Err(only(request, &[Method::Get, Method::Head])
@@ -47,10 +56,10 @@ pub fn route(request: &Request, rules: &Rules) -> Result<Upgrade, Answer> {
     }
     authenticate(request, rules)?;
     match &*location.path {
-        "/tunnel" => tunnel(request, &location, rules),
+        "/tunnel" => tunnel(request, &location, rules).map(Passed::Tunnel),
+        "/metrics" => read_only(request, &location, rules).map(|()| Passed::Metrics),
         "/openapi.yaml" => {
-            only(request, &[Method::Get, Method::Head])?;
-            check_page(request, &location, rules)?;
+            read_only(request, &location, rules)?;
             Err(Answer::success(
                 200,
                 Some("application/yaml"),
@@ -59,7 +68,9 @@ pub fn route(request: &Request, rules: &Rules) -> Result<Upgrade, Answer> {
         }
         path => Err(Answer::refusal(
             404,
-            format!("no such path {path:?}: use /tunnel?host=&port=, /health or /openapi.yaml"),
+            format!(
+                "no such path {path:?}: use /tunnel?host=&port=, /health, /metrics or /openapi.yaml"
+            ),
         )),
     }
 }
@@ -76,6 +87,11 @@ fn tunnel(request: &Request, location: &Location, rules: &Rules) -> Result<Upgra
     }
     check_page(request, location, rules)?;
     Ok(Upgrade { target, accept })
+}
+
+fn read_only(request: &Request, location: &Location, rules: &Rules) -> Result<(), Answer> {
+    only(request, &[Method::Get, Method::Head])?;
+    check_page(request, location, rules)
 }
 
 fn no_content() -> Answer {

@@ -70,12 +70,61 @@ const TARGET_UNSENT: u32 = 1024 * 1024;
 /// How a tunnel ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
+    /// In a word.
+    pub end: End,
     /// For the log.
     pub reason: String,
-    /// Both directions ended in order, and every byte was delivered.
-    pub is_orderly: bool,
     /// The client may still be reading what it was sent.
     pub client_is_there: bool,
+}
+
+/// How a tunnel ended, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Both directions ended in order, and every byte was delivered.
+    Orderly,
+    /// The target reset, or its connection failed.
+    TargetFailed,
+    /// The target closed before it had been given everything.
+    UploadCutShort,
+    /// The client's connection failed, ended without a Close, or was given up.
+    ClientVanished,
+    /// The client sent what it may not.
+    ProtocolError,
+    /// One direction had ended and nothing moved for the linger.
+    Linger,
+    /// The daemon shut down.
+    Shutdown,
+    /// A thread panicked.
+    InternalError,
+}
+
+impl End {
+    /// Every one.
+    pub const ALL: [End; 8] = [
+        End::Orderly,
+        End::TargetFailed,
+        End::UploadCutShort,
+        End::ClientVanished,
+        End::ProtocolError,
+        End::Linger,
+        End::Shutdown,
+        End::InternalError,
+    ];
+
+    /// For a metric.
+    pub fn label(self) -> &'static str {
+        match self {
+            End::Orderly => "orderly",
+            End::TargetFailed => "target_failed",
+            End::UploadCutShort => "upload_cut_short",
+            End::ClientVanished => "client_vanished",
+            End::ProtocolError => "protocol_error",
+            End::Linger => "linger",
+            End::Shutdown => "shutdown",
+            End::InternalError => "internal_error",
+        }
+    }
 }
 
 /// The threads of tunnels. A connection is led to its tunnel on another thread, as that takes a deep
@@ -231,7 +280,7 @@ impl Tunnel {
 
     fn wait_and_close(&self) -> Outcome {
         let outcome = outcome(&self.state.wait_for_end());
-        if outcome.is_orderly {
+        if outcome.end == End::Orderly {
             self.target.close_in_order();
         } else {
             self.target.break_off();
@@ -256,39 +305,38 @@ fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
 
 /// How a tunnel ended, from how its directions did.
 fn outcome(ends: &Ends) -> Outcome {
-    let gone = |reason: String| Outcome {
+    let ended = |end, reason| Outcome {
+        end,
         reason,
-        is_orderly: false,
-        client_is_there: false,
-    };
-    let broken = |reason: String| Outcome {
-        reason,
-        is_orderly: false,
-        client_is_there: true,
+        client_is_there: !matches!(end, End::ClientVanished | End::InternalError),
     };
     match (&ends.inbound, &ends.outbound, ends.cut) {
         (Some(InboundEnd::Panicked), _, _) | (_, Some(OutboundEnd::Panicked), _) => {
-            gone("internal error".into())
+            ended(End::InternalError, "internal error".into())
         }
         (_, _, Some(cut @ (Cut::PongTimeout | Cut::Stalled | Cut::PingFailed))) => {
-            gone(cut.to_string())
+            ended(End::ClientVanished, cut.to_string())
         }
-        (Some(InboundEnd::Refused(_, why)), _, _) => {
-            broken(format!("client broke the protocol: {why}"))
+        (Some(InboundEnd::Refused(_, why)), _, _) => ended(
+            End::ProtocolError,
+            format!("client broke the protocol: {why}"),
+        ),
+        // Once cut, it would be broken off instead: it had failed before.
+        (_, Some(OutboundEnd::TargetFailed(why)), _) => {
+            ended(End::TargetFailed, format!("target failed: {why}"))
         }
-        (_, _, Some(cut)) => broken(cut.to_string()),
-        (Some(InboundEnd::Vanished(why)), _, _) => gone(format!("client vanished: {why}")),
-        (_, Some(OutboundEnd::TargetFailed(why)), _) => broken(format!("target failed: {why}")),
-        (_, Some(OutboundEnd::ClientGone(why)), _) => gone(format!("client vanished: {why}")),
+        (_, _, Some(cut @ Cut::Linger)) => ended(End::Linger, cut.to_string()),
+        (_, _, Some(cut @ Cut::Shutdown)) => ended(End::Shutdown, cut.to_string()),
+        (Some(InboundEnd::Vanished(why)), _, _) | (_, Some(OutboundEnd::ClientGone(why)), _) => {
+            ended(End::ClientVanished, format!("client vanished: {why}"))
+        }
         (Some(InboundEnd::CloseUndelivered(why)), _, _) => {
-            broken(format!("upload cut short: {why}"))
+            ended(End::UploadCutShort, format!("upload cut short: {why}"))
         }
-        (Some(InboundEnd::Close), Some(OutboundEnd::Eof), None) => Outcome {
-            reason: "closed in order".into(),
-            is_orderly: true,
-            client_is_there: true,
-        },
-        (Some(InboundEnd::Close) | None, _, None) => broken("broken off".into()),
+        (Some(InboundEnd::Close), Some(OutboundEnd::Eof), None) => {
+            ended(End::Orderly, "closed in order".into())
+        }
+        _ => ended(End::InternalError, "broken off".into()),
     }
 }
 
@@ -328,7 +376,7 @@ mod tests {
             first: None,
         };
         let outcome = outcome(&ends);
-        (outcome.reason, outcome.is_orderly)
+        (outcome.reason, outcome.end == End::Orderly)
     }
 
     #[test]

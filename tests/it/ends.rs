@@ -6,8 +6,6 @@ use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt;
-
 use crate::support::*;
 
 /// How often each row is run.
@@ -62,11 +60,6 @@ fn upload_and_close(client: &Client, bytes: Vec<u8>, mut random: Random) -> thre
 fn reading(server: &TcpStream) -> thread::JoinHandle<(Vec<u8>, bool)> {
     let mut server = server.try_clone().unwrap();
     thread::spawn(move || read_to_end(&mut server))
-}
-
-/// Makes the kernel send a RST when the socket is closed.
-fn reset(stream: TcpStream) {
-    sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
 }
 
 // The target sends EOF

@@ -7,6 +7,7 @@ mod ends;
 mod gate;
 mod hostile;
 mod keepalive;
+mod metrics;
 mod network;
 mod openapi;
 mod policy;

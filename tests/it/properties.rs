@@ -11,7 +11,7 @@ use tungstenite::{Message, WebSocket};
 
 use tunneld::dial::{Host, Target};
 use tunneld::http::Request;
-use tunneld::http::routes::{Rules, route};
+use tunneld::http::routes::{Passed, Rules, route};
 use tunneld::request_head::{RequestHead, Scanner, parse};
 use tunneld::tunnel::frames::Frames;
 
@@ -156,7 +156,8 @@ proptest! {
         let upgrade = crate::support::UPGRADE.map(|line| line.split_once(": ").unwrap());
         let headers = upgrade.map(|(name, value)| (name.to_owned(), value.to_owned()));
         match route(&request_with(target, &headers).unwrap(), &OPEN) {
-            Ok(upgrade) => prop_assert!(upgrade.target.port > 0),
+            Ok(Passed::Tunnel(upgrade)) => prop_assert!(upgrade.target.port > 0),
+            Ok(Passed::Metrics) => prop_assert!(false, "metrics for a tunnel"),
             Err(answer) => prop_assert_eq!(answer.status, 400, "{}", answer.message),
         }
     }
@@ -167,7 +168,8 @@ proptest! {
          prop_oneof!["websocket|upgrade|13|dGhlIHNhbXBsZSBub25jZQ==|localhost|null", "[ -~]{0,30}"]), 0..9)) {
         let Some(request) = request_with("/tunnel?port=1".into(), &headers) else { return Ok(()) };
         match route(&request, &OPEN) {
-            Ok(upgrade) => prop_assert_eq!(upgrade.accept.len(), 28),
+            Ok(Passed::Tunnel(upgrade)) => prop_assert_eq!(upgrade.accept.len(), 28),
+            Ok(Passed::Metrics) => prop_assert!(false, "metrics for a tunnel"),
             Err(answer) => prop_assert!([400, 403, 426].contains(&answer.status)),
         }
     }

@@ -629,3 +629,8 @@ impl Random {
         bytes
     }
 }
+
+/// Closes a connection with a RST.
+pub fn reset(stream: TcpStream) {
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+}
