@@ -2,6 +2,7 @@
 //!
 //! This is the one place where a refusal and a tunnel's two ends are logged.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -64,24 +65,26 @@ struct Upgradable {
 /// Serves `client` until it is closed, or until the threads of its tunnel go on with it.
 pub fn serve(context: &Arc<Context>, client: Arc<TcpStream>, peer: SocketAddr, permit: Permit) {
     let _ = client.set_nodelay(true);
+    let id = permit.id;
+    log::debug!("connected: id={id} peer={peer}");
     let refused = match upgrade(context, &client, &permit) {
         Ok(ready) => start_tunnel(context, &client, peer, permit, ready).err(),
         Err(refused) => {
             permit.leave();
             if refused.is_none() {
-                log::debug!("gone before its request: peer={peer}");
+                log::debug!("gone before its request: id={id} peer={peer}");
             }
             refused
         }
     };
     if let Some(refused) = refused {
-        refuse(context, client, peer, &refused);
+        refuse(context, client, id, peer, &refused);
     }
 }
 
 /// The connection's last answer. Its place must be free by now, for a client that has seen it may come again.
-fn refuse(context: &Context, client: Arc<TcpStream>, peer: SocketAddr, refused: &Refused) {
-    context.note_answer(peer, &refused.answer);
+fn refuse(context: &Context, client: Arc<TcpStream>, id: u64, peer: SocketAddr, refused: &Refused) {
+    context.note_answer(id, peer, &refused.answer);
     let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
     let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
     if (&*client).write_all(&bytes).is_ok() {
@@ -109,6 +112,12 @@ fn upgrade(
         .backend
         .parse(permit.id, &head)
         .map_err(|error| plain(not_parsed(error)))?;
+    log::debug!(
+        "request: id={} method={} target={:?}",
+        permit.id,
+        request.method,
+        request.target
+    );
     let refused = |answer| {
         Some(Refused {
             answer,
@@ -126,7 +135,8 @@ fn upgrade(
             return Err(refused(Answer::success(200, Some(CONTENT_TYPE), text)));
         }
     };
-    let stream = timed_dial(context, &name).map_err(|error| refused(not_reached(&name, &error)))?;
+    let stream = timed_dial(context, permit.id, &name)
+        .map_err(|error| refused(not_reached(&name, &error)))?;
     let (target, address) = taken_over(stream).map_err(|error| {
         refused(Answer::unavailable(format!(
             "no room for a tunnel, try again: {error}"
@@ -143,15 +153,21 @@ fn upgrade(
     })
 }
 
-fn timed_dial(context: &Context, name: &Target) -> Result<TcpStream, DialError> {
+fn timed_dial(context: &Context, id: u64, name: &Target) -> Result<TcpStream, DialError> {
+    log::debug!("dialing: id={id} target={name}");
     let start = Instant::now();
     let dialed = dial(
         name,
         &context.config.policy,
         start + context.config.dial_timeout,
     );
+    let took = start.elapsed();
+    log::debug!(
+        "dialed: id={id} target={name} duration={:.3}s",
+        took.as_secs_f64()
+    );
     if !matches!(dialed, Err(DialError::Forbidden(_))) {
-        context.metrics.note_dial(dialed.is_ok(), start.elapsed());
+        context.metrics.note_dial(dialed.is_ok(), took);
     }
     dialed
 }
@@ -173,7 +189,7 @@ fn start_tunnel(
         "id={} peer={peer} target={} address={}",
         permit.id, ready.name, ready.address
     );
-    let state = Arc::new(State::new());
+    let state = Arc::new(State::new(permit.id));
     permit.tunneling(&state);
     let sockets = Sockets {
         client: Arc::clone(client),
@@ -209,7 +225,8 @@ fn log_end(name: &str, outcome: &Outcome, state: &State) {
     let (up, down) = state.counts();
     let (duration, reason) = (state.age().as_secs_f64(), &outcome.reason);
     log::info!(
-        "tunnel closed: {name} up={up} down={down} duration={duration:.3}s reason={reason:?}"
+        "tunnel closed: {name} up={up} down={down} duration={duration:.3}s end={} reason={reason:?}",
+        outcome.end.label()
     );
 }
 
@@ -237,14 +254,14 @@ static REFUSALS: LogLimit = LogLimit::new(100);
 
 impl Context {
     /// Logs an answer before it is sent, as websocat never shows a refusal's body, and counts a refusal.
-    pub fn note_answer(&self, peer: SocketAddr, answer: &Answer) {
+    pub fn note_answer(&self, id: impl fmt::Display, peer: SocketAddr, answer: &Answer) {
         let (status, reason) = (answer.status, &answer.message);
         if status < 400 {
-            return log::debug!("answered: peer={peer} status={status}");
+            return log::debug!("answered: id={id} peer={peer} status={status}");
         }
         self.metrics.note_refusal(status);
         REFUSALS.log("refusals", || {
-            log::info!("refused: peer={peer} status={status} reason={reason:?}")
+            log::info!("refused: id={id} peer={peer} status={status} reason={reason:?}")
         });
     }
 }

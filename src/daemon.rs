@@ -157,7 +157,7 @@ impl Gate {
     /// Answers 503 without a thread. A fresh socket's buffer has room for it.
     fn turn_away(&self, client: Arc<TcpStream>, peer: SocketAddr, why: &str) {
         let answer = Answer::unavailable(why);
-        self.context.note_answer(peer, &answer);
+        self.context.note_answer("-", peer, &answer);
         let bytes = answer.to_bytes(&HTTPVersion(1, 1), false);
         if send(&*client, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok() {
             self.context.closer.close_later(client, WITH_REFUSED);

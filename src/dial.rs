@@ -234,6 +234,7 @@ fn race(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, DialEr
         if running.is_empty() || now >= next_start {
             match waiting.next() {
                 Some(&address) => {
+                    log::debug!("attempt: address={address}");
                     match begin(address) {
                         Ok(socket) => running.push((address, socket)),
                         Err(error) => failed.push((address, error.into())),

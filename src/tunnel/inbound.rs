@@ -164,6 +164,7 @@ impl Delivery<'_> {
 
 fn note_pong(payload: &[u8], state: &State) {
     if let Some(mark) = ClientWriter::mark_of(payload) {
+        log::debug!("pong: id={}", state.id);
         state.note_answered(mark);
     }
 }

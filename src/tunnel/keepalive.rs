@@ -170,6 +170,7 @@ impl<'a> Keepalive<'a> {
     fn ping(&mut self, now: Duration) -> Result<(), Cut> {
         self.next_ping = now + self.times.ping_interval;
         let written = self.writer.try_ping().map_err(|_| Cut::PingFailed)?;
+        log::debug!("ping: id={} written={written}", self.state.id);
         self.unanswered = match (self.unanswered, written) {
             (None | Some(Unanswered::Skipped(_)), true) => Some(Unanswered::Written(now)),
             (None, false) => Some(Unanswered::Skipped(now)),

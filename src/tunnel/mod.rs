@@ -244,6 +244,7 @@ impl Tunnel {
     fn inbound(&self, early: Vec<u8>) {
         let relay = || inbound::relay(&self.client, early, &self.target, &self.writer, &self.state);
         let end = caught(relay).unwrap_or(InboundEnd::Panicked);
+        log::debug!("inbound ended: id={} how={end:?}", self.state.id);
         match &end {
             InboundEnd::Close | InboundEnd::CloseUndelivered(_) => {}
             InboundEnd::Refused(code, why) => {
@@ -258,6 +259,7 @@ impl Tunnel {
     fn outbound(&self) {
         let end =
             caught(|| outbound::relay(&self.target, &self.writer)).unwrap_or(OutboundEnd::Panicked);
+        log::debug!("outbound ended: id={} how={end:?}", self.state.id);
         if end == OutboundEnd::Panicked {
             self.wake_all();
         }

@@ -82,6 +82,8 @@ pub struct Ends {
 /// One tunnel's shared state. Times are microseconds since it began.
 #[derive(Debug)]
 pub struct State {
+    /// The connection's, for the log.
+    pub id: u64,
     began: Instant,
     ends: Mutex<Ends>,
     changed: Condvar,
@@ -96,10 +98,11 @@ pub struct State {
 }
 
 impl State {
-    /// The state of a tunnel that begins now.
-    pub fn new() -> State {
+    /// The state of the tunnel of connection `id`, which begins now.
+    pub fn new(id: u64) -> State {
         let zero = || AtomicU64::new(0);
         State {
+            id,
             began: Instant::now(),
             ends: Mutex::default(),
             changed: Condvar::new(),
@@ -248,11 +251,5 @@ impl State {
 
     fn now(&self) -> u64 {
         self.age().as_micros() as u64
-    }
-}
-
-impl Default for State {
-    fn default() -> Self {
-        State::new()
     }
 }

@@ -180,3 +180,82 @@ fn a_tunnel_is_logged_at_its_start_and_once_at_its_end() {
     assert_eq!(daemon.log().matches("tunnel closed:").count(), 1);
     assert!(!daemon.log().contains(TOKEN));
 }
+
+/// The fields of a log line, in their order.
+fn fields(line: &str) -> Vec<String> {
+    let (_, fields) = line.split_once("] ").unwrap();
+    let mut in_quotes = false;
+    fields
+        .split(|c: char| {
+            in_quotes ^= c == '"';
+            c == ' ' && !in_quotes
+        })
+        .filter_map(|word| Some(word.split_once('=')?.0.to_owned()))
+        .collect()
+}
+
+#[test]
+fn log_lines_of_a_kind_have_the_same_fields_in_the_same_order() {
+    let daemon = Daemon::start(&["--max-connections", "1"]);
+    let target = Target::echo();
+    for path in ["/nothing", "/tunnel?port=0", "/tunnel?port=1&host=a%22b"] {
+        daemon.get_upgrade(path, &[]);
+    }
+    daemon.ask("nonsense\r\n\r\n");
+    let mut client = Client::open(&daemon, target.port);
+    assert_eq!(daemon.get("/health", &[]).status, 503);
+    client.send_close(1000);
+    client.see_all();
+    daemon.logged(1, &["tunnel closed:"]);
+    drop(Client::open(&daemon, target.port));
+    daemon.logged(2, &["tunnel closed:"]);
+    let log = daemon.log();
+    for (kind, count, expected) in [
+        ("refused:", 5, "id peer status reason"),
+        ("tunnel opened:", 2, "id peer target address"),
+        (
+            "tunnel closed:",
+            2,
+            "id peer target address up down duration end reason",
+        ),
+    ] {
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(kind)).collect();
+        assert_eq!(lines.len(), count, "{kind} in {log}");
+        for line in lines {
+            assert_eq!(fields(line).join(" "), expected, "{line}");
+        }
+    }
+}
+
+#[test]
+fn debug_lines_explain_one_tunnel_from_head_to_end() {
+    let mut command = Daemon::command(&["--ping-interval", "50ms"]);
+    command
+        .env("RUST_LOG", "debug")
+        .env("TUNNELD_ACCESS_TOKEN", TOKEN);
+    let daemon = Daemon::spawn(command);
+    let target = Target::echo();
+    let url = format!("/tunnel?port={}", target.port);
+    let mut client = Client::open_with(&daemon, &url, &[&format!("X-Access-Token: {TOKEN}")]);
+    daemon.logged(1, &["ping: id=0 written=true"]);
+    client.send_close(1000);
+    client.see_all();
+    daemon.logged(1, &["tunnel closed: id=0"]);
+    let log = daemon.log();
+    let mut rest = log.as_str();
+    for step in [
+        "connected: id=0 peer=",
+        &format!("request: id=0 method=GET target=\"{url}\""),
+        "dialing: id=0 target=localhost:",
+        "attempt: address=127.0.0.1:",
+        "dialed: id=0",
+        "tunnel opened: id=0",
+        "ping: id=0",
+        "inbound ended: id=0 how=Close",
+        "tunnel closed: id=0",
+    ] {
+        let at = rest.find(step);
+        rest = &rest[at.unwrap_or_else(|| panic!("{step} in its place in {log}"))..];
+    }
+    assert!(log.contains("outbound ended: id=0 how=Eof") && !log.contains(TOKEN));
+}

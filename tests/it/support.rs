@@ -92,21 +92,22 @@ impl Daemon {
                 writeln!(copy.lock().unwrap(), "{line}").unwrap();
             }
         });
-        let address = within(LIMIT, "the daemon listens", || {
-            if let Some(status) = child.try_wait().unwrap() {
-                panic!("the daemon ended with {status}: {}", log.lock().unwrap());
-            }
-            let log = log.lock().unwrap();
-            let line = log
-                .lines()
-                .find_map(|line| line.split_once("listening on "))?;
-            line.1.parse().ok()
-        });
-        Daemon {
+        let mut daemon = Daemon {
             child,
-            address,
+            address: SocketAddr::from(([0, 0, 0, 0], 0)),
             log,
-        }
+        };
+        daemon.address = within(LIMIT, "the daemon listens", || {
+            if let Some(status) = daemon.child.try_wait().unwrap() {
+                panic!("the daemon ended with {status}");
+            }
+            let log = daemon.log();
+            let addresses = log
+                .lines()
+                .filter_map(|line| line.split_once("listening on ")?.1.parse().ok());
+            addresses.reduce(|_, address| address)
+        });
+        daemon
     }
 
     pub fn log(&self) -> String {
