@@ -297,7 +297,7 @@ os.chmod(sys.argv[1], 0o777)
 while True:
     print(manager.recv(4096).decode())' "$work/notify"
     wait_for "the manager listens" test -S "$work/notify" || return
-    # The user has to get to these, and to nothing else in here.
+    # The user has to get through to the binary and the token.
     chmod 711 "$work" && mkdir -p "$work/service" && cp target/release/tunneld "$work/service/" || return
     (umask 077 && printf '%s\n' "$token" >"$work/service/token") && chown 65534 "$work/service/token" || return
     local command service_port
