@@ -42,6 +42,7 @@ need redis-server redis-server
 need redis-benchmark redis-tools
 need sshd openssh-server
 need ssh openssh-client
+need systemd-analyze systemd
 if ! [ -x "$tools/bin/websocat" ]; then
     echo "installing websocat ..." >&2
     timeout 1500 cargo install --quiet --locked --root "$tools" websocat --version 1.14.1 >&2 ||
@@ -49,6 +50,8 @@ if ! [ -x "$tools/bin/websocat" ]; then
 fi
 PATH=$tools/bin:$PATH:/usr/sbin
 timeout 1500 cargo build --quiet --release --locked || exit 1
+triple=$(rustc -vV | sed -n 's/^host: //p')
+RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --target "$triple" || exit 1
 
 # --- words --------------------------------------------------------------------------------------------
 
@@ -87,6 +90,10 @@ check() { # check NAME FUNCTION: one case
         sed 's/^/        /' "$work/case.log"
         tail -n 5 "$work/tunneld.log" | sed 's/^/        tunneld: /'
     fi
+}
+
+check_if() { # check_if COMMAND NAME FUNCTION: one case, left out where the command can't be run
+    if $1 >"$work/out" 2>&1; then check "$2" "$3"; else echo "skipped $2: '$1' fails here"; fi
 }
 
 expect() { # expect FILE TEXT
@@ -192,9 +199,8 @@ scp_file() {
     timeout 60 scp -q -F "$work/ssh_config" "sandbox:$work/remote" "$work/back" && same_sum "$work/local" "$work/back"
 }
 
-answer_after_end() {
-    local served
-    served=$(free_port)
+start_upper() { # a server that answers in capitals once its input has ended; sets $upper_port
+    upper_port=$(free_port)
     start upper python3 -c '
 import socket, sys
 listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
@@ -202,14 +208,22 @@ while True:
     peer, _ = listener.accept()
     if received := b"".join(iter(lambda: peer.recv(65536), b"")):
         peer.sendall(received.upper())
-    peer.close()' "$served"
-    wait_for "the server listens" listens "$served" || return
+    peer.close()' "$upper_port"
+    wait_for "the server listens" listens "$upper_port"
+}
+
+upper_through() { # upper_through URL [HOST]: an answer comes through the tunnel
+    printf 'request' | timeout 10 websocat --binary -H="$header" - "$1?port=$upper_port&host=${2:-}" >"$work/out" &&
+        expect "$work/out" REQUEST
+}
+
+answer_after_end() {
+    start_upper || return
     for _ in 1 2 3 4 5; do
-        printf 'request' | timeout 10 websocat --binary -H="$header" - "$url?port=$served" >"$work/out" || return
-        expect "$work/out" REQUEST || return
+        upper_through "$url" || return
     done
     head -c 5M /dev/zero | tr '\0' a >"$work/request"
-    timeout 20 websocat --binary -H="$header" - "$url?port=$served" <"$work/request" >"$work/out" || return
+    timeout 20 websocat --binary -H="$header" - "$url?port=$upper_port" <"$work/request" >"$work/out" || return
     tr a A <"$work/request" >"$work/wanted" && same_sum "$work/wanted" "$work/out"
 }
 
@@ -240,11 +254,95 @@ secret_kept() {
     ! grep -qF "$token" "$work/tunneld.log" && ! tr '\0' ' ' <"/proc/$(pgrep -P "$daemon_pid")/cmdline" | grep -qF "$token"
 }
 
-orderly_stop() {
-    kill -TERM "$(pgrep -P "$daemon_pid")" && wait "$daemon_pid"
+unit_is_valid() {
+    mkdir -p "$work/unit" && sed "s,/usr/local/bin/tunneld,$root/target/release/tunneld," scripts/tunneld.service \
+        >"$work/unit/tunneld.service" || return
+    systemd-analyze verify "$work/unit/tunneld.service" >"$work/out" 2>&1
     local code=$?
+    cat "$work/out"
+    [ $code -eq 0 ] && ! [ -s "$work/out" ]
+}
+
+unit_is_tight() { # the exposure that systemd-analyze sees is at most 2 of 10
+    systemd-analyze security --offline=true --threshold=20 scripts/tunneld.service >"$work/out" ||
+        { grep -v '^✓' "$work/out"; return 1; }
+}
+
+ends_in_order() { # ends_in_order NAME PID WRAPPER: SIGTERM to PID, started as NAME, ends it with exit code 0
+    kill -TERM "$2" && wait "$3"
+    local code=$?
+    cat "$work/$1.log"
     echo "exit code $code"
-    [ $code -eq 0 ] && expect "$work/tunneld.log" "shut down"
+    [ $code -eq 0 ] && expect "$work/$1.log" "shut down"
+}
+
+listening_port() { # listening_port NAME: the port in the log of a daemon
+    wait_for "tunneld listens" grep -q 'listening on' "$work/$1.log" || { cat "$work/$1.log"; return 1; }
+    sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' "$work/$1.log"
+}
+
+has_no_privileges() { # has_no_privileges PID USER: nor a way to get any
+    local wanted tab=$'\t'
+    for wanted in "Uid:($tab$2){4}" "Groups:$tab *" "CapPrm:${tab}0+" "CapEff:${tab}0+" "NoNewPrivs:${tab}1"; do
+        grep -qxE -- "$wanted" "/proc/$1/status" || { echo "no '$wanted' in:"; cat "/proc/$1/status"; return 1; }
+    done
+}
+
+as_service() { # the unit's own command, without privileges, and a service manager that writes down what it hears
+    start manager python3 -uc '
+import os, socket, sys
+manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+manager.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o777)
+while True:
+    print(manager.recv(4096).decode())' "$work/notify"
+    wait_for "the manager listens" test -S "$work/notify" || return
+    # The user has to get through to the binary and the token.
+    chmod 711 "$work" && mkdir -p "$work/service" && cp target/release/tunneld "$work/service/" || return
+    (umask 077 && printf '%s\n' "$token" >"$work/service/token") && chown 65534 "$work/service/token" || return
+    local command service_port
+    command=$(sed -n 's/^ExecStart=//p' scripts/tunneld.service |
+        sed "s,/usr/local/bin,$work/service,; s,%d,$work/service,; s,0.0.0.0:49983,127.0.0.1:0,")
+    # shellcheck disable=SC2086  # the command is words
+    NOTIFY_SOCKET=$work/notify start service setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs \
+        --inh-caps=-all --bounding-set=-all prlimit --nofile=8192 $command
+    local wrapper=${pids[-1]}
+    service_port=$(listening_port service) && wait_for "READY=1" grep -qx READY=1 "$work/manager.log" || return
+    expect "$work/manager.log" "STATUS=listening on 127.0.0.1:$service_port" || return
+    upper_through "ws://127.0.0.1:$service_port/tunnel" || return
+    has_no_privileges "$(pgrep -P "$wrapper")" 65534 || return
+    ends_in_order service "$(pgrep -P "$wrapper")" "$wrapper" && expect "$work/manager.log" STOPPING=1 &&
+        ! grep WARN "$work/service.log"
+}
+
+# As a container runtime does it: a read-only root with the static binary and what every runtime puts beside it, and
+# the daemon in there as PID 1, with the Containerfile's user.
+as_container() {
+    local image=$work/image user container_port wrapper pid
+    user=$(sed -n 's/^USER //p' scripts/Containerfile)
+    mkdir -p "$image/dev/shm" "$image/etc" "$image/run/secrets" &&
+        cp "target/$triple/release/tunneld" "$image/tunneld" && echo "127.0.0.1 database" >"$image/etc/hosts" &&
+        (umask 077 && echo "$token" >"$image/run/secrets/token") && chown "$user" "$image/run/secrets/token" || return
+    start container unshare --mount --pid --fork sh -c '
+        image=$1 user=$2
+        shift 2
+        mount --bind "$image" "$image" && mount -o remount,bind,ro "$image" &&
+            mount -t tmpfs -o mode=1777 tmpfs "$image/dev/shm" || exit
+        exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+sys_chroot,+setuid,+setgid \
+            chroot --userspec="$user" --groups= "$image" /tunneld "$@"
+        ' sh "$image" "$user" --listen 127.0.0.1:0 --access-token-file /run/secrets/token
+    wrapper=${pids[-1]}
+    container_port=$(listening_port container) || return
+    pid=$(pgrep -P "$(pgrep -P "$wrapper")")
+    grep -qE '^NSpid:.*[[:space:]]1$' "/proc/$pid/status" && has_no_privileges "$pid" "${user%:*}" || return
+    ! touch "/proc/$pid/root/new" && compgen -G "/proc/$pid/root/dev/shm/tunneld-*" || return
+    upper_through "ws://127.0.0.1:$container_port/tunnel" || return
+    upper_through "ws://127.0.0.1:$container_port/tunnel" database || return
+    ends_in_order container "$pid" "$wrapper"
+}
+
+orderly_stop() {
+    ends_in_order tunneld "$(pgrep -P "$daemon_pid")" "$daemon_pid"
 }
 
 daemon_down() { refused_by "$header" "$url?port=1" "Connection refused"; }
@@ -259,6 +357,12 @@ check "wrong token: websocat says 401, the log why" wrong_token
 check "closed port: websocat says 502, curl and the log why" closed_port
 check "text frames: the log says how to do it" text_mode
 check "the token is in no log and no argument list" secret_kept
+check "systemd: the unit is valid" unit_is_valid
+check "systemd: the unit leaves little exposed" unit_is_tight
+check_if "setpriv --clear-groups true" \
+    "systemd: the unit's command, without privileges, tells when it is ready and when it stops" as_service
+check_if "unshare --mount --pid --fork true" \
+    "container: the static binary, as PID 1 in an empty read-only root, serves and stops" as_container
 check "SIGTERM ends the daemon in order" orderly_stop
 check "daemon down: websocat says so" daemon_down
 

@@ -45,6 +45,8 @@ pub struct Config {
     pub times: Times,
     /// From the first signal to the Close 1001 of the tunnels that are still open.
     pub shutdown_grace: Duration,
+    /// Where a service manager wants to hear how far the daemon is.
+    pub notify_socket: Option<OsString>,
 }
 
 /// The clocks of a tunnel.
@@ -157,6 +159,7 @@ const AFTER_HELP: &str = "\
 Environment:
   Every option can be set by the variable named beside it.
   TUNNELD_ACCESS_TOKEN  the access token itself (there is no option for it: arguments show in ps)
+  NOTIFY_SOCKET         where READY=1 and STOPPING=1 go (sd_notify); a service manager sets it
   RUST_LOG              what is logged to stderr: error, warn, info (the default), debug, trace
 
 Exit codes:
@@ -194,6 +197,7 @@ impl Config {
                 linger: arguments.linger,
             },
             shutdown_grace: arguments.shutdown_grace,
+            notify_socket: std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()),
         })
     }
 }

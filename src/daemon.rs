@@ -21,6 +21,7 @@ use crate::http::routes::Rules;
 use crate::lingering_close::{LingeringClose, WITH_REFUSED};
 use crate::log_limit::LogLimit;
 use crate::metrics::Metrics;
+use crate::notify::notify;
 use crate::threads::Threads;
 use crate::tunnel::TunnelThreads;
 use crate::tunnel::keepalive::CLOSE_LIMIT;
@@ -76,6 +77,7 @@ impl Shutdown {
 /// When it can't start; once it serves, nothing ends it but the shutdown.
 pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Result<()> {
     let grace = config.shutdown_grace;
+    let manager = config.notify_socket.clone();
     let limits = limits(config.max_connections)?;
     let connections = Connections::new(limits.connections, limits.leaving);
     let rules = Rules {
@@ -96,8 +98,17 @@ pub fn run(listener: TcpListener, config: Config, shutdown: &Shutdown) -> io::Re
         connections,
     };
     listener.set_nonblocking(true)?;
-    log::info!("listening on {}", listener.local_addr()?);
+    let address = listener.local_addr()?;
+    log::info!("listening on {address}");
+    notify(
+        manager.as_deref(),
+        &format!("READY=1\nSTATUS=listening on {address}"),
+    );
     gate.accept_until(&listener, shutdown);
+    notify(
+        manager.as_deref(),
+        &format!("STOPPING=1\nSTATUS=tunnels may end by themselves within {grace:?}"),
+    );
     drop(listener);
     gate.drain(grace);
     Ok(())

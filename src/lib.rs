@@ -12,8 +12,9 @@
 //! 8. an orderly end on one side becomes an orderly end on the other, a broken one a broken one;
 //! 9. the end is logged once, the sockets are closed, the place is free.
 //!
-//! [`config`] holds every option, [`metrics`] counts, and [`log_limit`] bounds the log. Only blocking sockets and
-//! threads are used; each wait has a limit or an owner that ends it.
+//! [`config`] holds every option, [`metrics`] counts, [`log_limit`] bounds the log, and [`notify`] tells a service
+//! manager when the daemon serves and when it stops. Only blocking sockets and threads are used; each wait has a
+//! limit or an owner that ends it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -27,6 +28,7 @@ pub mod lingering_close;
 pub mod lock;
 pub mod log_limit;
 pub mod metrics;
+pub mod notify;
 pub mod policy;
 pub mod request_head;
 pub mod threads;

@@ -14,6 +14,7 @@ mod policy;
 mod properties;
 mod relay;
 mod rotation;
+mod service;
 mod shutdown;
 mod soak;
 mod support;

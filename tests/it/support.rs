@@ -76,7 +76,8 @@ impl Daemon {
         for (name, _) in inherited {
             command.env_remove(name);
         }
-        command.env_remove("RUST_LOG").args(options);
+        command.env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET");
+        command.args(options);
         if !options.contains(&"--listen") {
             command.args(["--listen", "127.0.0.1:0"]);
         }
