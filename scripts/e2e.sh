@@ -37,7 +37,8 @@ need() { # need COMMAND PACKAGE...: installs the packages if the command is miss
 }
 
 need curl curl
-need python3 python3
+need python3 python3 python3-venv
+need ip iproute2
 need redis-server redis-server
 need redis-benchmark redis-tools
 need sshd openssh-server
@@ -47,6 +48,11 @@ if ! [ -x "$tools/bin/websocat" ]; then
     echo "installing websocat ..." >&2
     timeout 1500 cargo install --quiet --locked --root "$tools" websocat --version 1.14.1 >&2 ||
         { echo "cannot install websocat" >&2; exit 1; }
+fi
+if ! [ -x target/venv/bin/schemathesis ] || ! target/venv/bin/python -c 'import prometheus_client' 2>/dev/null; then
+    echo "installing schemathesis and prometheus_client ..." >&2
+    { python3 -m venv target/venv && timeout 600 target/venv/bin/pip install --quiet 'schemathesis>=4,<5' prometheus_client; } >&2 ||
+        { echo "cannot install schemathesis" >&2; exit 1; }
 fi
 PATH=$tools/bin:$PATH:/usr/sbin
 timeout 1500 cargo build --quiet --release --locked || exit 1
@@ -341,6 +347,47 @@ as_container() {
     ends_in_order container "$pid" "$wrapper"
 }
 
+# A network of their own, so that no generated name or address leads anywhere.
+contract() { # three operations: it leaves the one out that serves the document
+    # shellcheck disable=SC2016  # expanded inside
+    timeout 300 unshare --net bash -c '
+        ip link set lo up || exit
+        target/release/tunneld --listen 127.0.0.1:49983 2>"$1/contract.log" & daemon=$!
+        trap "kill $daemon" EXIT
+        for _ in {1..100}; do (: </dev/tcp/127.0.0.1/49983) 2>/dev/null && break; sleep 0.05; done
+        target/venv/bin/schemathesis --config-file scripts/schemathesis.toml run http://127.0.0.1:49983/openapi.yaml \
+            --header "X-Access-Token: $TUNNELD_ACCESS_TOKEN" --max-examples 300 --continue-on-failure --no-color
+        ' contract "$work" >"$work/out" 2>&1
+    local code=$?
+    cat "$work/out"
+    [ $code -eq 0 ] && expect "$work/out" "Tested: 3" && ! grep -E "WARN|ERROR" "$work/contract.log"
+}
+
+metrics_parse() { # by the parser of Prometheus' own client, and compared with the log
+    timeout 10 curl -sS --fail -H "$header" "http://127.0.0.1:$port/metrics" >"$work/metrics" || return
+    target/venv/bin/python - "$work/metrics" "$work/tunneld.log" <<'EOF'
+import re, sys
+from prometheus_client.parser import text_string_to_metric_families
+families = {family.name: family for family in text_string_to_metric_families(open(sys.argv[1]).read())}
+assert len(families) > 10 and all(family.documentation for family in families.values()), families.keys()
+log = open(sys.argv[2]).read()
+total = lambda name, **labels: sum(
+    sample.value for sample in families[name].samples
+    if sample.name.endswith("_total") and labels.items() <= sample.labels.items())
+ends = re.findall(r"tunnel closed: .* up=(\d+) down=(\d+) .* end=(\w+)", log)
+assert total("tunneld_tunnels_opened") == log.count("tunnel opened:"), log.count("tunnel opened:")
+assert total("tunneld_tunnels_closed") == len(ends) > 50, len(ends)
+for end in {end for _, _, end in ends}:
+    assert total("tunneld_tunnels_closed", end=end) == sum(1 for other in ends if other[2] == end), end
+for status in set(re.findall(r"refused: .* status=(\d+)", log)):
+    assert total("tunneld_refusals", status=status) == log.count(f" status={status} "), status
+closed = [sum(int(end[way]) for end in ends) for way in (0, 1)]
+relayed = [total("tunneld_bytes", direction=way) for way in ("up", "down")]
+assert all(have >= ended for have, ended in zip(relayed, closed)) and closed[1] > 200e6, (relayed, closed)
+print(relayed, closed)
+EOF
+}
+
 orderly_stop() {
     ends_in_order tunneld "$(pgrep -P "$daemon_pid")" "$daemon_pid"
 }
@@ -363,6 +410,9 @@ check_if "setpriv --clear-groups true" \
     "systemd: the unit's command, without privileges, tells when it is ready and when it stops" as_service
 check_if "unshare --mount --pid --fork true" \
     "container: the static binary, as PID 1 in an empty read-only root, serves and stops" as_container
+check "metrics: Prometheus' parser reads what the log tells" metrics_parse
+TUNNELD_ACCESS_TOKEN=$token check_if "unshare --net ip link set lo up" \
+    "OpenAPI: schemathesis finds nothing against the document" contract
 check "SIGTERM ends the daemon in order" orderly_stop
 check "daemon down: websocat says so" daemon_down
 

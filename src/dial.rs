@@ -95,7 +95,7 @@ pub fn parse_port(text: &str) -> Option<u16> {
 /// Why a target can't be reached.
 #[derive(Debug)]
 pub enum DialError {
-    /// The policy permits none of these addresses, or no address at all. Nothing was dialed.
+    /// The policy permits none of these addresses of a name, or not the target itself. Nothing was dialed.
     Forbidden(Vec<SocketAddr>),
     /// The name has no address, or there is no resolver.
     Resolve(String),
@@ -119,7 +119,12 @@ pub fn dial(target: &Target, policy: &Policy, deadline: Instant) -> Result<TcpSt
     let resolved = resolve(target, deadline)?;
     let permitted = policy.permitted(target, resolved.clone());
     if permitted.is_empty() {
-        return Err(DialError::Forbidden(resolved));
+        let is_name = matches!(target.host, Host::Name(_));
+        return Err(DialError::Forbidden(if is_name {
+            resolved
+        } else {
+            Vec::new()
+        }));
     }
     let stream = race(&interleave(permitted), deadline)?;
     // Neither failure breaks the tunnel; the stream then is a little slower, or notices a dead host later.
