@@ -868,6 +868,30 @@ fn plan() -> Plan {
     }
 }
 
+/// tunneld, and HAProxy if it is there, with more and more tunnels.
+fn scale_table(title: &str, servers: &[Server]) -> Result<()> {
+    let compared = || {
+        servers
+            .iter()
+            .filter(|server| matches!(server.kind, Kind::Tunneld | Kind::Haproxy))
+    };
+    print!("| {title} |");
+    for server in compared() {
+        let name = server.kind.name();
+        print!(" {name}: CPU s/GiB up | down |");
+    }
+    println!("\n| ---: |{}", " ---: | ---: |".repeat(compared().count()));
+    for count in [1, 10, 100, 1000, 2000] {
+        print!("| {count} |");
+        for server in compared() {
+            let (up, down) = scale(server, count, 1 << 30)?;
+            print!(" {up:.2} | {down:.2} |");
+        }
+        println!();
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let plan = plan();
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -891,12 +915,14 @@ fn main() -> Result<()> {
     rows.extend(latency_rows(&plan, &servers));
     rows.retain(|row| row.figures.iter().any(Option::is_some));
     println!("{}", table(&plan, &rows)?);
-    if !plan.quick && plan.only.is_none() {
-        println!("| tunnels at once | CPU s/GiB up | CPU s/GiB down |\n| ---: | ---: | ---: |");
-        for count in [1, 10, 100, 1000, 2000] {
-            let (up, down) = scale(&servers[0], count, 1 << 30)?;
-            println!("| {count} | {up:.2} | {down:.2} |");
-        }
+    let scaling = "tunnels at once";
+    if !plan.quick
+        && plan
+            .only
+            .as_deref()
+            .is_none_or(|only| scaling.contains(only))
+    {
+        scale_table(scaling, &servers)?;
     }
     Ok(())
 }
