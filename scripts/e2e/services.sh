@@ -1,0 +1,124 @@
+# Services, through tunneld and direct with the same results. Sourced by ../e2e.sh.
+
+need psql postgresql
+need rsync rsync
+need git git
+
+postgres_bin=$(echo /usr/lib/postgresql/*/bin)
+postgres_bin=${postgres_bin##* }
+
+as_postgres() { # PostgreSQL refuses to run as root
+    if [ "$(id -u)" = 0 ]; then setpriv --reuid=postgres --regid=postgres --init-groups "$@"; else "$@"; fi
+}
+
+start_postgres() { # sets $postgres_port
+    postgres_port=$(free_port)
+    local data=$work/postgres
+    mkdir "$data" && chmod 711 "$work" || return
+    [ "$(id -u)" != 0 ] || chown postgres "$data"
+    as_postgres "$postgres_bin/initdb" -A trust -U postgres -D "$data" >"$work/initdb.log" 2>&1 ||
+        { cat "$work/initdb.log"; return 1; }
+    start postgres setpriv --reuid=postgres --regid=postgres --init-groups "$postgres_bin/postgres" -D "$data" \
+        -p "$postgres_port" -k "$data" -c listen_addresses=127.0.0.1 -c fsync=off
+    wait_for "PostgreSQL answers" pg_isready -q -h 127.0.0.1 -p "$postgres_port"
+}
+
+sql() { # sql PORT DATABASE STATEMENT
+    timeout 60 psql -XAtq -h 127.0.0.1 -p "$1" -U postgres -d "$2" -c "$3"
+}
+
+sums() { # sums PORT DATABASE: a checksum of every table
+    local table
+    for table in pgbench_accounts pgbench_branches pgbench_tellers; do
+        sql "$1" "$2" "select '$table', count(*), md5(string_agg(t::text, ',' order by t::text)) from $table t"
+    done
+}
+
+postgres() { # a database of about 100 MB, dumped and restored through tunnels
+    start_postgres && local_listener "$postgres_port" || return
+    export PGUSER=postgres PGHOST=127.0.0.1
+    sql "$postgres_port" postgres "create database source" && sql "$postgres_port" postgres "create database copy" &&
+        timeout 60 pgbench -q -i -s 7 -p "$postgres_port" source >"$work/pgbench.log" 2>&1 ||
+        { cat "$work/pgbench.log"; return 1; }
+    [ "$(sql "$local_port" source "select pg_database_size('source') > 100e6")" = t ] || return
+    timeout 120 pg_dump -Fc -p "$local_port" source | timeout 120 pg_restore -p "$local_port" -d copy || return
+    sums "$postgres_port" source >"$work/direct" && sums "$local_port" copy >"$work/tunneled" &&
+        cmp "$work/direct" "$work/tunneled" && [ -s "$work/direct" ] || return
+    timeout 60 pgbench -n -c 4 -T 3 -p "$local_port" source >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
+    expect "$work/out" "number of failed transactions: 0"
+}
+
+redis_subscription() {
+    local_listener "$redis_port" || return
+    timeout 20 redis-cli -p "$local_port" subscribe news >"$work/news" &
+    wait_for "the subscription stands" grep -q subscribe "$work/news" || return
+    local n
+    for n in 1 2 3; do timeout 10 redis-cli -p "$local_port" publish news "message $n" >"$work/out" || return; done
+    wait_for "every message" grep -q "message 3" "$work/news" && [ "$(grep -c '^message [123]$' "$work/news")" -eq 3 ]
+}
+
+redis_pipeline() {
+    local n
+    for n in $(seq 20000); do printf 'SET key%d value%d\r\nGET key%d\r\n' "$n" "$n" "$n"; done >"$work/commands"
+    timeout 60 redis-cli -p "$redis_port" --raw <"$work/commands" >"$work/direct" &&
+        timeout 60 redis-cli -p "$local_port" --raw <"$work/commands" >"$work/tunneled" || return
+    cmp "$work/direct" "$work/tunneled" && [ "$(wc -l <"$work/direct")" -eq 40000 ]
+}
+
+ssh_rsync() {
+    mkdir -p "$work/tree" && cp -r src tests scripts "$work/tree/" && head -c 20M /dev/urandom >"$work/tree/large" || return
+    timeout 60 rsync -a -e "ssh -F $work/ssh_config" "$work/tree/" "sandbox:$work/there/" &&
+        timeout 60 rsync -a -e "ssh -F $work/ssh_config" "sandbox:$work/there/" "$work/here/" && diff -r "$work/tree" "$work/here"
+}
+
+ssh_git() {
+    local repository=$work/repository
+    git init -q "$repository" && cp -r src "$repository/" || return
+    git -C "$repository" add -A && git -C "$repository" -c user.name=e2e -c user.email=e2e@localhost commit -qm first || return
+    GIT_SSH_COMMAND="ssh -F $work/ssh_config" timeout 60 git -c safe.directory='*' clone -q "sandbox:$repository" "$work/cloned" &&
+        diff -r "$repository/src" "$work/cloned/src" &&
+        [ "$(git -C "$repository" rev-parse HEAD)" = "$(git -C "$work/cloned" rev-parse HEAD)" ]
+}
+
+http_keep_alive() { # two requests on one connection, which is one tunnel
+    local served
+    served=$(free_port)
+    start http11 python3 -c '
+import http.server, sys
+class Handler(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()' "$served"
+    wait_for "the HTTP server listens" listens "$served" && local_listener "$served" || return
+    timeout 10 curl -sS --fail -w '%{num_connects} ' -o "$work/1" -o "$work/2" "http://127.0.0.1:$local_port/README.md" \
+        "http://127.0.0.1:$local_port/Cargo.toml" >"$work/out" || return
+    cmp README.md "$work/1" && cmp Cargo.toml "$work/2" && expect "$work/out" "1 0" || return
+    local used="tunnel closed: .* target=localhost:$served .* up=[1-9]"
+    wait_for "the tunnel's end" grep -q "$used" "$work/tunneld.log" && [ "$(grep -c "$used" "$work/tunneld.log")" -eq 1 ]
+}
+
+websocket_inside() { # a WebSocket server is reached through a tunnel, which is one too
+    local served
+    served=$(free_port)
+    start inner websocat --binary "ws-l:127.0.0.1:$served" mirror:
+    wait_for "the inner server listens" listens "$served" && local_listener "$served" || return
+    head -c 1M /dev/urandom >"$work/inner"
+    timeout 20 target/venv/bin/python - "$local_port" "$work/inner" <<'EOF'
+import sys
+from websockets.sync.client import connect
+data = open(sys.argv[2], "rb").read()
+with connect(f"ws://127.0.0.1:{sys.argv[1]}/", max_size=None, compression=None) as websocket:
+    received = b""
+    for at in range(0, len(data), 10000):
+        websocket.send(data[at:at + 10000])
+        received += websocket.recv()
+assert received == data
+EOF
+}
+
+check "PostgreSQL: 100 MB dumped and restored, pgbench" postgres
+check "Redis: a subscription" redis_subscription
+check "Redis: 40,000 pipelined commands" redis_pipeline
+check "SSH: rsync of a tree there and back" ssh_rsync
+check "SSH: git clone" ssh_git
+check "HTTP: two requests on one connection" http_keep_alive
+check "a WebSocket inside the tunnel" websocket_inside
