@@ -16,7 +16,7 @@ use clap::{ArgAction, Parser};
 
 use crate::http::auth::{Access, Tokens};
 use crate::http::origin::Origin;
-use crate::policy::{Policy, Rule};
+use crate::policy::{Policy, Rule, search_list};
 
 /// The variable that holds the token itself. It has no option, as arguments show in `ps`.
 pub const TOKEN_VARIABLE: &str = "TUNNELD_ACCESS_TOKEN";
@@ -121,6 +121,8 @@ struct Arguments {
     allow_target: Vec<Rule>,
 
     /// Targets that may not be dialed, in the same form; wins over --allow-target; repeatable
+    ///
+    /// Those in the variable are denied as well.
     #[arg(long, env = "TUNNELD_DENY_TARGET", value_name = "TARGET", value_delimiter = ',', value_parser = Rule::parse, help_heading = ACCESS)]
     deny_target: Vec<Rule>,
 
@@ -185,7 +187,9 @@ impl Config {
             allow_origin: arguments.allow_origin,
             policy: Policy {
                 allow: arguments.allow_target,
-                deny: arguments.deny_target,
+                deny: with_variable(arguments.deny_target, DENY_VARIABLE)?,
+                search: std::fs::read_to_string("/etc/resolv.conf")
+                    .map_or_else(|_| Vec::new(), |text| search_list(&text)),
             },
             max_connections: arguments.max_connections,
             head_timeout: arguments.head_timeout,
@@ -200,6 +204,20 @@ impl Config {
             notify_socket: std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()),
         })
     }
+}
+
+const DENY_VARIABLE: &str = "TUNNELD_DENY_TARGET";
+
+/// What an image forbids, a command line must not allow by forbidding something else.
+fn with_variable(mut rules: Vec<Rule>, variable: &str) -> Result<Vec<Rule>, String> {
+    let text = std::env::var(variable).unwrap_or_default();
+    for rule in text.split(',').filter(|rule| !rule.is_empty()) {
+        let rule = Rule::parse(rule).map_err(|error| format!("{variable} {rule:?}: {error}"))?;
+        if !rules.contains(&rule) {
+            rules.push(rule);
+        }
+    }
+    Ok(rules)
 }
 
 /// Running without a token must be either harmless (loopback) or said out loud.

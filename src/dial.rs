@@ -326,7 +326,8 @@ impl fmt::Display for DialError {
         match self {
             DialError::Forbidden(addresses) if addresses.is_empty() => f.write_str("not permitted"),
             DialError::Forbidden(addresses) => {
-                let addresses = addresses.iter().map(SocketAddr::to_string);
+                let addresses = addresses.iter().take(MAX_ADDRESSES);
+                let addresses = addresses.map(SocketAddr::to_string);
                 write!(
                     f,
                     "not permitted: {}",

@@ -1,7 +1,7 @@
 //! Which targets may be dialed: `--allow-target` and `--deny-target`.
 //!
-//! A name is judged as it was asked for, and each address it resolved to as it will be dialed, so that neither
-//! a name nor another spelling of an address leads around a rule.
+//! A name is judged as it was asked for, and by `deny` also as the resolver may complete it; each address as it
+//! will be dialed. So neither a short name nor another spelling of an address leads around a rule.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -17,6 +17,8 @@ pub struct Policy {
     pub allow: Vec<Rule>,
     /// A target must match none; this wins.
     pub deny: Vec<Rule>,
+    /// What the resolver may put behind a name, without the dot.
+    pub search: Vec<String>,
 }
 
 /// Hosts and ports: `HOST`, `HOST:PORT` or `HOST:PORT-PORT`.
@@ -44,23 +46,88 @@ impl Policy {
     /// Whether `target` is forbidden whatever it resolves to. Then its name is not even looked up, as a name can
     /// carry data out to whoever answers for it.
     pub fn rules_out(&self, target: &Target) -> bool {
-        let denied = self.deny.iter().any(|rule| rule.matches_name(target));
-        let may_match = |rule: &Rule| rule.is_of_addresses() || rule.matches_name(target);
+        let names = self.completed(target);
+        let denied = self
+            .deny
+            .iter()
+            .any(|rule| rule.has_port(target) && names.iter().any(|name| rule.matches_name(name)));
+        let may_match = |rule: &Rule| {
+            rule.has_port(target) && (rule.is_of_addresses() || rule.matches_name(name_of(target)))
+        };
         denied || !(self.allow.is_empty() || self.allow.iter().any(may_match))
     }
 
     /// Those of a target's resolved addresses that may be dialed, in their order.
     pub fn permitted(&self, target: &Target, addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+        if self.rules_out(target) {
+            return Vec::new();
+        }
+        let is_allowed = |rule: &Rule, address: IpAddr| {
+            rule.has_port(target)
+                && (rule.matches_name(name_of(target)) || rule.matches_address(address))
+        };
         let is_permitted = |address: &SocketAddr| {
-            let matches = |rules: &[Rule]| {
-                rules
-                    .iter()
-                    .any(|rule| rule.matches(target, canonical(address.ip())))
-            };
-            !matches(&self.deny) && (self.allow.is_empty() || matches(&self.allow))
+            let address = address.ip();
+            let denied = self.deny.iter().any(|rule| {
+                rule.has_port(target)
+                    && (meanings(address).any(|meaning| rule.matches_address(meaning)))
+            });
+            let allowed = |rule| is_allowed(rule, canonical(address));
+            !denied && (self.allow.is_empty() || self.allow.iter().any(allowed))
         };
         addresses.into_iter().filter(is_permitted).collect()
     }
+
+    /// The target's name, and what the resolver may make of it. A name with a dot at its end is complete.
+    fn completed(&self, target: &Target) -> Vec<String> {
+        let name = name_of(target).to_owned();
+        let is_complete = match &target.host {
+            Host::Name(name) => name.ends_with('.'),
+            Host::Localhost | Host::Address(_) => true,
+        };
+        let search = self.search.iter().filter(|_| !is_complete);
+        let longer: Vec<_> = search.map(|suffix| format!("{name}.{suffix}")).collect();
+        [vec![name], longer].concat()
+    }
+}
+
+/// The search list in a resolv.conf(5): the last `search` or `domain` line counts.
+pub fn search_list(resolv_conf: &str) -> Vec<String> {
+    let mut lists = resolv_conf.lines().rev().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        matches!(words.next(), Some("search" | "domain")).then_some(words)
+    });
+    let names = lists.next().into_iter().flatten();
+    names
+        .map(|name| name.trim_end_matches('.').to_ascii_lowercase())
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+/// A target's name without its last dot; empty if it has none.
+fn name_of(target: &Target) -> &str {
+    match &target.host {
+        Host::Name(name) => name.strip_suffix('.').unwrap_or(name),
+        Host::Localhost | Host::Address(_) => "",
+    }
+}
+
+/// Everything that `address` may lead to: itself, what it is another spelling of, and the IPv4 address that
+/// a gateway for NAT64 (RFC 6052), 6to4 (RFC 3056) or IPv4-compatible addresses (RFC 4291) would take out of it.
+fn meanings(address: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let embedded = match address {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(address) => match address.octets() {
+            [0x00, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
+            | [0x20, 0x02, a, b, c, d, ..]
+            | [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d] => Some([a, b, c, d]),
+            _ => None,
+        },
+    };
+    let embedded = embedded.map(|octets| canonical(Ipv4Addr::from(octets).into()));
+    [Some(address), Some(canonical(address)), embedded]
+        .into_iter()
+        .flatten()
 }
 
 /// The address that a connection to `address` really goes to: IPv4 behind IPv4-mapped IPv6 (RFC 4291 §2.5.5.2),
@@ -87,32 +154,30 @@ impl Rule {
         })
     }
 
+    fn has_port(&self, target: &Target) -> bool {
+        self.ports.contains(&target.port)
+    }
+
     fn is_of_addresses(&self) -> bool {
         matches!(self.hosts, Hosts::Loopback | Hosts::Network(_))
     }
 
-    /// Whether it matches, whatever the address.
-    fn matches_name(&self, target: &Target) -> bool {
-        let name = match &target.host {
-            Host::Name(name) => name.strip_suffix('.').unwrap_or(name),
-            Host::Localhost | Host::Address(_) => "",
-        };
-        let is_host = match &self.hosts {
+    /// Whether it matches a name, whatever its address. Without one `name` is empty.
+    fn matches_name(&self, name: &str) -> bool {
+        match &self.hosts {
             Hosts::Any => true,
             Hosts::Name(wanted) => name == wanted,
             Hosts::Suffix(suffix) => name.ends_with(suffix.as_str()),
             Hosts::Loopback | Hosts::Network(_) => false,
-        };
-        is_host && self.ports.contains(&target.port)
+        }
     }
 
-    fn matches(&self, target: &Target, address: IpAddr) -> bool {
-        let is_address = match &self.hosts {
+    fn matches_address(&self, address: IpAddr) -> bool {
+        match &self.hosts {
             Hosts::Loopback => address.is_loopback(),
             Hosts::Network(network) => network.contains(&address),
-            Hosts::Any | Hosts::Name(_) | Hosts::Suffix(_) => return self.matches_name(target),
-        };
-        is_address && self.ports.contains(&target.port)
+            Hosts::Any | Hosts::Name(_) | Hosts::Suffix(_) => false,
+        }
     }
 }
 
@@ -131,7 +196,10 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
         };
     }
     match text.split_once(':') {
-        // IPv6 without brackets has no port.
+        // The last group of IPv6 could be meant for a port.
+        Some((_, rest)) if rest.contains(':') && !text.contains('/') => Err(format!(
+            "{text:?} may have a port or not: write [{text}], or [::1]:443"
+        )),
         Some((_, rest)) if rest.contains(':') => Ok((text, None)),
         Some((host, ports)) => Ok((host, Some(ports))),
         None => Ok((text, None)),
@@ -175,7 +243,7 @@ impl Hosts {
                     Hosts::Name(name.to_owned())
                 })
             }
-            Some(Host::Localhost) => Ok(Hosts::Loopback),
+            Some(Host::Localhost) if text != "*." => Ok(Hosts::Loopback),
             Some(Host::Address(address)) if !is_suffix => {
                 Ok(Hosts::Network(canonical(address).into()))
             }
@@ -211,6 +279,7 @@ mod tests {
         Policy {
             allow: rules(allow),
             deny: rules(deny),
+            search: vec!["svc.cluster.local".into(), "cluster.local".into()],
         }
     }
 
@@ -254,7 +323,6 @@ mod tests {
             ("[2001:db8::/32]", "x", "2001:db8::7", 2, true),
             ("2001:db8::/32", "x", "2001:db9::7", 2, false),
             ("::ffff:10.0.0.0/104", "x", "10.9.9.9", 2, true),
-            ("::/0", "x", "::ffff:10.0.0.1", 2, false),
         ] {
             let allowing = policy(&[rule], &[]);
             assert_eq!(
@@ -287,7 +355,40 @@ mod tests {
             assert!(!may(&denying, "a.example", address, 80), "{address}");
             assert!(!may(&denying, address, address, 80), "{address}");
         }
+        for embedded in ["64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1"] {
+            assert!(!may(&denying, embedded, embedded, 80), "{embedded}");
+        }
         assert!(may(&denying, "a.example", "10.0.0.1", 80));
+        assert!(!may(&policy(&[], &["0.0.0.0/8"]), "0.0.0.0", "0.0.0.0", 80));
+        assert!(!may(&policy(&["::/0"], &[]), "x", "::ffff:10.0.0.1", 80));
+        assert!(!may(
+            &policy(&["10.0.0.0/8"], &[]),
+            "64:ff9b::a00:1",
+            "64:ff9b::a00:1",
+            80
+        ));
+    }
+
+    #[test]
+    fn a_short_name_is_denied_as_the_resolver_may_complete_it() {
+        let denying = policy(&[], &["*.cluster.local", "db.svc.cluster.local:5432"]);
+        for name in ["secret", "secret.svc", "secret.svc.cluster.local", "db"] {
+            assert!(!may(&denying, name, "10.0.0.1", 80), "{name}");
+        }
+        assert!(may(&denying, "secret.", "10.0.0.1", 80), "it is complete");
+        assert!(!may(
+            &policy(&["db.svc.cluster.local"], &[]),
+            "db",
+            "10.0.0.1",
+            80
+        ));
+    }
+
+    #[test]
+    fn the_last_search_list_counts() {
+        let text = "nameserver 10.0.0.1\nsearch a.example\ndomain x\n search Default.svc. cluster.local \n#search b\n";
+        assert_eq!(search_list(text), ["default.svc", "cluster.local"]);
+        assert!(search_list("nameserver 10.0.0.1\n").is_empty());
     }
 
     #[test]
@@ -297,6 +398,7 @@ mod tests {
             policy(allow, deny).rules_out(&Target { host, port: 80 })
         };
         assert!(rules_out(&["b.example"], &[]) && rules_out(&["a.example:81"], &[]));
+        assert!(rules_out(&["10.0.0.0/8:81", "localhost:1"], &[]));
         assert!(rules_out(&[], &["*.example"]) && rules_out(&["a.example"], &["*:80"]));
         assert!(!rules_out(&[], &[]) && !rules_out(&["10.0.0.0/8"], &["10.0.0.1"]));
         assert!(!rules_out(&["b.example", "*.example"], &["a.example:81"]));
@@ -334,6 +436,9 @@ mod tests {
             "[::1]80",
             "a b",
             "*.10.0.0.1",
+            "*.",
+            "::1",
+            "::1:8080",
             "a.*",
             "*a.example",
             "https://a.example",

@@ -8,6 +8,16 @@ use std::io::Read;
 use serde_json::json;
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 
+/// The most bytes of a refusal's message, which is also in the log.
+const MAX_MESSAGE: usize = 1000;
+
+/// A value of the client's for a message: quoted, escaped, and not too long.
+pub fn shown(value: &str) -> String {
+    let start: String = value.chars().take(80).collect();
+    let more = if start.len() < value.len() { "…" } else { "" };
+    format!("{start:?}{more}")
+}
+
 /// The answer to a request, not yet printed.
 #[derive(Debug)]
 pub struct Answer {
@@ -20,9 +30,13 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// A refusal. `message` is one sentence that says what to do.
+    /// A refusal. `message` is one sentence that says what to do. It is cut at [`MAX_MESSAGE`] bytes.
     pub fn refusal(status: u16, message: impl Into<String>) -> Answer {
-        let message = message.into();
+        let mut message = message.into();
+        if message.len() > MAX_MESSAGE {
+            message.truncate(message.floor_char_boundary(MAX_MESSAGE));
+            message.push('…');
+        }
         let body = json!({ "code": status, "message": message }).to_string();
         Answer {
             status,

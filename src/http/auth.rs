@@ -2,15 +2,17 @@
 
 use std::fmt;
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{Mode, OFlags};
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::lock::lock;
+use crate::log_limit::LogLimit;
 
 /// A file that changed less than this before it was read may change again without a trace, as its time of
 /// change is only as fine as the kernel's tick; so it is read again.
@@ -60,6 +62,9 @@ impl fmt::Debug for Tokens {
     }
 }
 
+/// The most changes of the token file logged in a second.
+static NEWS: LogLimit = LogLimit::new(10);
+
 /// The tokens of a daemon that wants one, kept up to date with their file.
 #[derive(Debug)]
 pub struct Access {
@@ -71,12 +76,12 @@ pub struct Access {
 #[derive(Debug)]
 struct TokenFile {
     path: PathBuf,
-    read: Mutex<Read>,
+    last: Mutex<Look>,
 }
 
 /// How a file looked, or why it could not be looked at.
 #[derive(Debug, PartialEq)]
-struct Read {
+struct Look {
     state: Result<State, io::ErrorKind>,
     /// It had not changed for [`SETTLED`] when it was read.
     is_settled: bool,
@@ -105,13 +110,13 @@ impl Access {
     /// # Errors
     /// Why there are none, in a sentence.
     pub fn from_file(path: PathBuf) -> Result<Access, String> {
-        let read = Read::of(&path);
-        let tokens = read_tokens(&path)?;
+        let look = Look::of(&path);
+        let tokens = read_tokens(&path, Kind::Any)?;
         // A pipe, such as the shell's <(...), can be read once.
         let can_change = fs::metadata(&path).is_ok_and(|file| file.is_file());
         let file = can_change.then(|| TokenFile {
             path,
-            read: Mutex::new(read),
+            last: Mutex::new(look),
         });
         Ok(Access {
             file,
@@ -144,20 +149,22 @@ impl Access {
 
     /// Reads the file again if it has changed. If that gives no tokens, the last ones stay.
     fn follow(&self, file: &TokenFile) {
-        let mut last = lock(&file.read);
-        let now = Read::of(&file.path);
+        let mut last = lock(&file.last);
+        let now = Look::of(&file.path);
         if now == *last && last.is_settled {
             return;
         }
         let is_news = now.state != last.state;
         *last = now;
-        match read_file(&file.path) {
+        match read_tokens(&file.path, Kind::Regular) {
             Ok(tokens) => {
                 if is_news {
-                    log::info!(
-                        "access tokens read again from {}: {tokens:?}",
-                        file.path.display()
-                    );
+                    NEWS.log("changes of the access token file", || {
+                        log::info!(
+                            "access tokens read again from {}: {tokens:?}",
+                            file.path.display()
+                        );
+                    });
                     self.warn_if_exposed();
                 }
                 *lock(&self.tokens) = Arc::new(tokens);
@@ -166,15 +173,17 @@ impl Access {
                 // It may have been for want of a descriptor.
                 last.is_settled = false;
                 if is_news {
-                    log::error!("{error}; the last good tokens stay valid");
+                    NEWS.log("changes of the access token file", || {
+                        log::error!("{error}; the last good tokens stay valid");
+                    });
                 }
             }
         }
     }
 }
 
-impl Read {
-    fn of(path: &Path) -> Read {
+impl Look {
+    fn of(path: &Path) -> Look {
         let state = fs::metadata(path).map(|file| State {
             device: file.dev(),
             inode: file.ino(),
@@ -186,32 +195,37 @@ impl Read {
         let is_settled = |state: &State| now - state.changed > SETTLED.as_nanos() as i128;
         let is_settled = state.as_ref().map_or(true, is_settled);
         let state = state.map_err(|error| error.kind());
-        Read { state, is_settled }
+        Look { state, is_settled }
     }
 }
 
-/// Opening a pipe could take forever.
-fn read_file(path: &Path) -> Result<Tokens, String> {
-    match fs::metadata(path) {
-        Ok(file) if !file.is_file() => Err(format!(
-            "the access token file {} is no regular file any more",
-            path.display()
-        )),
-        _ => read_tokens(path),
-    }
+/// What is to be taken for a token file.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// A file, or a pipe that is waited for.
+    Any,
+    /// A regular file, whose name is never waited for: by now it may be a pipe's.
+    Regular,
 }
 
-fn read_tokens(path: &Path) -> Result<Tokens, String> {
+fn read_tokens(path: &Path, kind: Kind) -> Result<Tokens, String> {
     let name = path.display();
-    let text = read_bounded(path)
+    let text = read_bounded(path, kind)
         .map_err(|error| format!("cannot read the access token file {name}: {error}"))?;
     Tokens::parse(&text).map_err(|error| format!("the access token file {name} {error}"))
 }
 
-fn read_bounded(path: &Path) -> io::Result<String> {
+fn read_bounded(path: &Path, kind: Kind) -> io::Result<String> {
+    let flags = match kind {
+        Kind::Any => OFlags::CLOEXEC,
+        Kind::Regular => OFlags::CLOEXEC | OFlags::NONBLOCK,
+    };
+    let file = fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if matches!(kind, Kind::Regular) && !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file any more"));
+    }
     let mut text = String::new();
-    let file = fs::File::open(path)?;
-    io::Read::read_to_string(&mut io::Read::take(file, MAX_FILE + 1), &mut text)?;
+    file.take(MAX_FILE + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_FILE {
         return Err(io::Error::other(format!(
             "it is longer than {MAX_FILE} bytes"

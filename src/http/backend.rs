@@ -101,6 +101,7 @@ impl Backend {
                 Err(Failure::Refused(why)) => return Err(Rejected::Unavailable(why)),
                 Err(Failure::Dead(why)) => {
                     current.replace(&why);
+                    hung_up = false;
                     last = why;
                 }
             }

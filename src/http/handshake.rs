@@ -3,7 +3,7 @@
 use tungstenite::handshake::derive_accept_key;
 
 use super::Request;
-use super::answer::Answer;
+use super::answer::{Answer, shown};
 
 /// Checks that `request` asks for a WebSocket of version 13, and returns its `Sec-WebSocket-Accept`.
 ///
@@ -20,10 +20,8 @@ pub fn check(request: &Request) -> Result<String, Answer> {
     }
     let versions = request.headers("Sec-WebSocket-Version");
     if versions != ["13"] {
-        let message = format!(
-            "Sec-WebSocket-Version {:?} is not spoken here: use 13",
-            versions.join(", ")
-        );
+        let versions = shown(&versions.join(", "));
+        let message = format!("Sec-WebSocket-Version {versions} is not spoken here: use 13");
         return Err(Answer::refusal(426, message).with("Sec-WebSocket-Version", "13"));
     }
     match request.headers("Sec-WebSocket-Key")[..] {

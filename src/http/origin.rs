@@ -7,6 +7,8 @@ use std::net::IpAddr;
 
 use url::Url;
 
+use super::answer::shown;
+
 /// An origin as browsers send it: scheme, host and port (RFC 6454 §6.2).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin(String);
@@ -48,7 +50,8 @@ pub fn check_origin(presented: &[&str], allowed: &[Origin], has_token: bool) -> 
         _ if allowed.is_empty() && has_token => Ok(()),
         [one] if allowed.iter().any(|origin| origin.matches(one)) => Ok(()),
         [one, ..] => Err(format!(
-            "origin {one:?} may not use this daemon: start it with --allow-origin for that origin, or with a token"
+            "origin {} may not use this daemon: start it with --allow-origin for that origin, or with a token",
+            shown(one)
         )),
     }
 }
@@ -70,7 +73,8 @@ pub fn check_host(presented: Option<&str>) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "host {host:?} is neither localhost nor an IP address: use one of them, or start the daemon with a token"
+        "host {} is neither localhost nor an IP address: use one of them, or start the daemon with a token",
+        shown(host)
     ))
 }
 

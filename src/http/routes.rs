@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tiny_http::Method;
 use url::{Url, form_urlencoded};
 
-use super::answer::Answer;
+use super::answer::{Answer, shown};
 use super::auth::Access;
 use super::origin::{Origin, check_host, check_origin};
 use super::{Request, handshake};
@@ -69,7 +69,8 @@ pub fn route(request: &Request, rules: &Rules) -> Result<Passed, Answer> {
         path => Err(Answer::refusal(
             404,
             format!(
-                "no such path {path:?}: use /tunnel?host=&port=, /health, /metrics or /openapi.yaml"
+                "no such path {}: use /tunnel?host=&port=, /health, /metrics or /openapi.yaml",
+                shown(path)
             ),
         )),
     }
@@ -107,7 +108,8 @@ fn only(request: &Request, allowed: &[Method]) -> Result<(), Answer> {
         .map(Method::as_str)
         .collect::<Vec<_>>()
         .join(", ");
-    let message = format!("method {} is not allowed here: use {allow}", request.method);
+    let method = shown(request.method.as_str());
+    let message = format!("method {method} is not allowed here: use {allow}");
     Err(Answer::refusal(405, message).with("Allow", allow))
 }
 
@@ -149,7 +151,7 @@ impl Location {
         let target = &request.target;
         if !target.starts_with('/') && target.contains("://") {
             let url = Url::parse(target).map_err(|_| {
-                Answer::refusal(400, format!("request target {target:?} is no URL"))
+                Answer::refusal(400, format!("request target {} is no URL", shown(target)))
             })?;
             let authority = url.host_str().map(str::to_owned);
             return Ok(Location {
@@ -214,13 +216,6 @@ fn parameter<'a>(query: &'a str, name: &str) -> Result<Option<Cow<'a, str>>, Ans
         }
         None => Ok(first),
     }
-}
-
-/// A value of the client's for a message: quoted, escaped, and not too long.
-fn shown(value: &str) -> String {
-    let start: String = value.chars().take(80).collect();
-    let more = if start.len() < value.len() { "…" } else { "" };
-    format!("{start:?}{more}")
 }
 
 #[cfg(test)]

@@ -434,3 +434,34 @@ fn a_flood_of_refusals_is_summarised() {
     });
     daemon.logged(1, &["WARN", "more refusals were not logged"]);
 }
+
+#[test]
+fn no_request_makes_a_long_log_line_or_a_long_answer() {
+    let daemon = Daemon::start(&[]);
+    let long = "\"".repeat(15_000);
+    for head in [
+        request("GET", &format!("http://[{long}"), &[]),
+        request("GET", &format!("/{long}"), &[]),
+        request(&"M".repeat(15_000), "/health", &[]),
+        request("GET", &format!("/tunnel?port={long}"), &[]),
+        request("GET", &format!("/tunnel?port=1&host={long}"), &[]),
+        request("GET", "/metrics", &[&format!("Origin: {long}")]),
+        request("GET", "/metrics", &[]).replace("localhost", &"h".repeat(15_000)),
+        request(
+            "GET",
+            "/tunnel?port=1",
+            &[
+                "Connection: Upgrade",
+                "Upgrade: websocket",
+                &format!("Sec-WebSocket-Version: {long}"),
+            ],
+        ),
+    ] {
+        let answer = daemon.ask(&head);
+        assert!((400..500).contains(&answer.status), "{}", answer.status);
+        assert!(answer.body.len() < 2000, "{}", answer.body);
+    }
+    daemon.logged(8, &["refused:"]);
+    let log = daemon.log();
+    assert!(log.lines().all(|line| line.len() < 2000), "{log}");
+}

@@ -131,3 +131,39 @@ fn a_rule_that_is_none_is_said_at_start() {
         }
     }
 }
+
+#[test]
+fn what_the_variable_denies_an_option_does_not_allow() {
+    let mut command = Daemon::command(&["--deny-target", "10.0.0.0/8"]);
+    command.env("TUNNELD_DENY_TARGET", "localhost,192.0.2.1");
+    let daemon = Daemon::spawn(command);
+    for host in ["localhost", "192.0.2.1", "10.1.1.1"] {
+        forbidden(&daemon, host, 80);
+    }
+    let mut command = Daemon::command(&["--deny-target", "10.0.0.0/8"]);
+    let output = command.env("TUNNELD_DENY_TARGET", "a b").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.code() == Some(2) && stderr.contains("TUNNELD_DENY_TARGET"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_name_that_can_only_be_forbidden_is_not_looked_up() {
+    let daemon = Daemon::start(&["--allow-target", "10.0.0.0/8:1", "--allow-target", "*.test"]);
+    forbidden(&daemon, "does-not-resolve.invalid", 80);
+}
+
+#[test]
+fn a_short_name_is_denied_as_the_resolver_completes_it() {
+    let options = ["--deny-target", "*.cluster.local"];
+    let search = "nameserver 127.0.0.1\nsearch svc.cluster.local cluster.local\noptions ndots:5\n";
+    let Some(daemon) = Daemon::start_with_file("/etc/resolv.conf", search, &options) else {
+        println!("skipped: needs root and mount namespaces");
+        return;
+    };
+    for host in ["secret", "secret.svc", "secret.svc.cluster.local"] {
+        forbidden(&daemon, host, 80);
+    }
+}
