@@ -83,6 +83,8 @@ impl From<String> for NoConfig {
 /// relayed as it is, in both directions. For example, with a daemon started without options:
 ///
 ///   websocat --binary tcp-l:127.0.0.1:5432 'ws://127.0.0.1:49983/tunnel?port=5432'
+///
+/// It is its own client, too: see tunneld connect --help.
 #[derive(Debug, Parser)]
 #[command(version, verbatim_doc_comment, max_term_width = 100, after_help = AFTER_HELP)]
 struct Arguments {
@@ -178,7 +180,8 @@ impl Config {
     where
         I: IntoIterator<Item = OsString>,
     {
-        let arguments = Arguments::try_parse_from(arguments).map_err(one_line)?;
+        let arguments = Arguments::try_parse_from(arguments)
+            .map_err(|error| one_line(error, "tunneld --help"))?;
         let access = access(arguments.access_token_file.clone())?;
         check_access(&arguments, access.is_some())?;
         Ok(Config {
@@ -255,7 +258,7 @@ fn access(file: Option<PathBuf>) -> Result<Option<Access>, String> {
 }
 
 /// clap explains over several paragraphs; scripts and logs want one line.
-fn one_line(error: clap::Error) -> NoConfig {
+pub(crate) fn one_line(error: clap::Error, help: &str) -> NoConfig {
     let text = error.to_string();
     if matches!(
         error.kind(),
@@ -266,10 +269,10 @@ fn one_line(error: clap::Error) -> NoConfig {
     let first = text.split("\n\n").next().unwrap_or(&text);
     let first = first.split_whitespace().collect::<Vec<_>>().join(" ");
     let first = first.strip_prefix("error: ").unwrap_or(&first);
-    NoConfig::Wrong(format!("{first} (see tunneld --help)"))
+    NoConfig::Wrong(format!("{first} (see {help})"))
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it as 500ms, 30s or 5m"))?;
     if duration > MAX_DURATION {
@@ -278,7 +281,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
-fn positive(text: &str) -> Result<Duration, String> {
+pub(crate) fn positive(text: &str) -> Result<Duration, String> {
     let duration = duration(text)?;
     if duration < Duration::from_millis(1) {
         Err("at least 1ms".into())
@@ -287,7 +290,7 @@ fn positive(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("at least 1".into()),
         Ok(number) => Ok(number),

@@ -12,6 +12,8 @@
 //! 8. an orderly end on one side becomes an orderly end on the other, a broken one a broken one;
 //! 9. the end is logged once, the sockets are closed, the place is free.
 //!
+//! The other end is here too: [`connect`] is the client.
+//!
 //! [`config`] holds every option, [`metrics`] counts, [`log_limit`] bounds the log, and [`notify`] tells a service
 //! manager when the daemon serves and when it stops. Only blocking sockets and threads are used; each wait has a
 //! limit or an owner that ends it.
@@ -19,6 +21,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod config;
+pub mod connect;
 pub mod connection;
 pub mod connections;
 pub mod daemon;

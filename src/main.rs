@@ -1,5 +1,6 @@
 //! Arguments, logging, signals, exit code; nothing else.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::process::ExitCode;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tunneld::config::{Config, NoConfig};
+use tunneld::connect;
 use tunneld::daemon::{self, Shutdown};
 use tunneld::log_limit::LogLimit;
 
@@ -25,14 +27,14 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<ExitCode, NoConfig> {
-    let config = Config::load(std::env::args_os())?;
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
-    std::panic::set_hook(Box::new(|panic| {
-        static PANICS: LogLimit = LogLimit::new(2);
-        PANICS.log("internal errors", || {
-            log::error!("internal error in one thread: {panic}")
-        });
-    }));
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if let Some(arguments) = connect::options::of_client(&arguments) {
+        let config = connect::options::Config::load(arguments)?;
+        start_logging();
+        return connect::run(config);
+    }
+    let config = Config::load(arguments)?;
+    start_logging();
     let listener = TcpListener::bind(config.listen).map_err(|error| {
         format!(
             "cannot listen on {}: {error}; choose another --listen",
@@ -54,6 +56,16 @@ fn start() -> Result<ExitCode, NoConfig> {
             ExitCode::FAILURE
         }
     })
+}
+
+fn start_logging() {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    std::panic::set_hook(Box::new(|panic| {
+        static PANICS: LogLimit = LogLimit::new(2);
+        PANICS.log("internal errors", || {
+            log::error!("internal error in one thread: {panic}")
+        });
+    }));
 }
 
 /// Wrappers such as timeout(1) signal both a process and its group, which delivers one signal twice.

@@ -3,6 +3,7 @@
 
 mod answers;
 mod command_line;
+mod connect;
 mod ends;
 mod gate;
 mod hostile;

@@ -1,0 +1,122 @@
+//! From a configuration to an upgraded connection: dial, encrypt, ask, and read what a refusal says.
+
+use std::io::{self, ErrorKind, Read};
+use std::sync::Arc;
+use std::time::Instant;
+
+use socket2::Socket;
+use tungstenite::WebSocket;
+use tungstenite::client::{IntoClientRequest, client_with_config};
+use tungstenite::error::Error;
+use tungstenite::handshake::HandshakeError;
+use tungstenite::handshake::client::{Request, Response};
+use tungstenite::http::HeaderValue;
+use tungstenite::http::header::{CONTENT_LENGTH, USER_AGENT};
+use tungstenite::protocol::WebSocketConfig;
+
+use super::options::{Config, Server};
+use super::printable;
+use super::server::ServerStream;
+use crate::dial::dial;
+use crate::policy::Policy;
+
+/// How much tungstenite reads at a time. It zeroes its buffer before each read, so a larger one costs more
+/// than it saves.
+const READ: usize = 64 * 1024;
+
+/// The longest message taken from a server, in MiB. A tunneld sends 32 KiB at most.
+pub const MAX_MESSAGE_MIB: usize = 16;
+
+/// How many bytes may wait unsent in the socket's buffer (`TCP_NOTSENT_LOWAT`, tcp(7)).
+const UNSENT: u32 = 128 * 1024;
+
+/// How much of a refusal's body is read.
+const MAX_BODY: usize = 64 * 1024;
+
+/// Connects to the server and upgrades, before the dial timeout is over.
+///
+/// # Errors
+/// Why not, in a sentence.
+pub fn open(config: &Config) -> Result<WebSocket<ServerStream>, String> {
+    let deadline = Instant::now() + config.dial_timeout;
+    let request = request(config)?;
+    let socket = Arc::new(connect(&config.server, deadline)?);
+    let stream = ServerStream::new(Arc::clone(&socket), deadline);
+    let max_message = MAX_MESSAGE_MIB * 1024 * 1024;
+    let limits = WebSocketConfig::default()
+        .read_buffer_size(READ)
+        .write_buffer_size(0)
+        .max_message_size(Some(max_message))
+        .max_frame_size(Some(max_message));
+    match client_with_config(request, stream, Some(limits)) {
+        Ok((socket, _)) => Ok(socket),
+        Err(HandshakeError::Interrupted(_)) => Err(format!(
+            "no answer from {} within {:?}: raise --dial-timeout if it is only slow",
+            config.server.address, config.dial_timeout
+        )),
+        Err(HandshakeError::Failure(Error::Http(response))) => {
+            Err(refusal(*response, ServerStream::new(socket, deadline)))
+        }
+        Err(HandshakeError::Failure(error)) => Err(format!(
+            "{} does not upgrade to a WebSocket: {}",
+            config.server.address,
+            printable(&error.to_string())
+        )),
+    }
+}
+
+fn connect(server: &Server, deadline: Instant) -> Result<Socket, String> {
+    let stream = dial(&server.address, &Policy::default(), deadline)
+        .map_err(|error| format!("cannot connect to {}: {error}", server.address))?;
+    let socket = Socket::from(stream);
+    // Without it a pong waits behind more bytes.
+    let _ = socket.set_tcp_notsent_lowat(UNSENT);
+    Ok(socket)
+}
+
+fn request(config: &Config) -> Result<Request, String> {
+    let mut request = config
+        .server
+        .url
+        .as_str()
+        .into_client_request()
+        .map_err(|error| format!("the URL can't be asked for: {error}"))?;
+    let headers = request.headers_mut();
+    let agent = concat!("tunneld/", env!("CARGO_PKG_VERSION"));
+    headers.insert(USER_AGENT, HeaderValue::from_static(agent));
+    if let Some(token) = config.token.get()? {
+        let token = HeaderValue::from_str(&token)
+            .map_err(|_| "the access token can't stand in a header: use visible ASCII")?;
+        headers.insert("X-Access-Token", token);
+    }
+    Ok(request)
+}
+
+/// What a refusal says: the message in the JSON of a tunneld, or the body as it is.
+fn refusal(response: Response, stream: ServerStream) -> String {
+    let status = response.status();
+    let length = response.headers().get(CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+    let length = length.unwrap_or(MAX_BODY).min(MAX_BODY);
+    let mut body = response.into_body().unwrap_or_default();
+    let rest = length.saturating_sub(body.len());
+    // Whatever of it comes is better than nothing.
+    let _ = read_rest(stream, rest, &mut body);
+    body.truncate(length);
+    let json = serde_json::from_slice::<serde_json::Value>(&body).ok();
+    let message = match json.as_ref().and_then(|json| json["message"].as_str()) {
+        Some(message) => message.to_owned(),
+        None => String::from_utf8_lossy(&body).into_owned(),
+    };
+    match printable(message.trim()) {
+        message if message.is_empty() => format!("refused with {status}"),
+        message => format!("refused with {}: {message}", status.as_u16()),
+    }
+}
+
+fn read_rest(stream: ServerStream, rest: usize, body: &mut Vec<u8>) -> io::Result<usize> {
+    match stream.take(rest as u64).read_to_end(body) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+        read => read,
+    }
+}

@@ -1,0 +1,365 @@
+//! The server's connection: written to as whole frames under one lock, and read from by tungstenite.
+//!
+//! Only the upload waits in a write here. Another thread with a frame to send makes it due; whoever holds
+//! the lock sends it before unlocking, and looks once more after unlocking, so nothing stays behind.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+use socket2::Socket;
+use tungstenite::Bytes;
+use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
+use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader};
+
+use crate::lock::lock;
+use crate::tunnel::state::State;
+
+/// The most payload bytes in a message to the server.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+
+/// How long a server may take to close a connection that has ended in order.
+const END_LIMIT: Duration = Duration::from_secs(2);
+
+/// The writing half of the server's connection.
+#[derive(Debug)]
+pub struct ServerWriter {
+    socket: Arc<Socket>,
+    state: Arc<State>,
+    turn: Mutex<Turn>,
+    due: Mutex<Due>,
+    has_due: AtomicBool,
+}
+
+/// Held while a frame is written.
+#[derive(Debug, Default)]
+struct Turn {
+    /// A Close has been sent (RFC 6455 §5.5.1) or a frame torn; nothing may follow.
+    closed: bool,
+    /// A frame's bytes. Kept, as the next frame is of the same size.
+    frame: Vec<u8>,
+}
+
+/// What is to be sent as soon as it can be. A newer pong replaces an older one (RFC 6455 §5.5.3); of
+/// several Closes the first one counts.
+#[derive(Debug, Default)]
+struct Due {
+    pong: Option<Bytes>,
+    ping: bool,
+    close: Option<CloseFrame>,
+}
+
+/// What became of an attempt to send what is due without waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flushed {
+    /// Nothing is due any more, or its sender has it.
+    Done,
+    /// The socket takes nothing just now.
+    Full,
+}
+
+impl ServerWriter {
+    /// The writer for `socket`, on which the upgrade is done.
+    pub fn new(socket: Arc<Socket>, state: Arc<State>) -> ServerWriter {
+        ServerWriter {
+            socket,
+            state,
+            turn: Mutex::default(),
+            due: Mutex::default(),
+            has_due: AtomicBool::new(false),
+        }
+    }
+
+    /// Sends a binary message. Waits while the server is slow.
+    ///
+    /// # Errors
+    /// When the server takes no more: its connection failed, or a Close has been sent.
+    pub fn send_message(&self, payload: &[u8]) -> io::Result<()> {
+        let mut turn = lock(&self.turn);
+        let since = self.state.note_offered(payload.len());
+        let header = FrameHeader {
+            opcode: OpCode::Data(Data::Binary),
+            ..FrameHeader::default()
+        };
+        let frame = Frame::from_payload(header, Bytes::copy_from_slice(payload));
+        self.write(&mut turn, frame, since)?;
+        self.end_turn(turn)
+    }
+
+    /// Sends a Close unless one has been sent. Waits while the server is slow.
+    ///
+    /// # Errors
+    /// When the server takes no more.
+    pub fn send_close(&self, code: CloseCode) -> io::Result<()> {
+        self.set_close(code, "");
+        self.end_turn(lock(&self.turn))
+    }
+
+    /// Sends a Close, unless one has been, if that needs no waiting.
+    pub fn try_close(&self, code: CloseCode, reason: &str) {
+        self.set_close(code, reason);
+        self.flush();
+    }
+
+    fn set_close(&self, code: CloseCode, reason: &str) {
+        let reason = reason.into();
+        let close = CloseFrame { code, reason };
+        self.set_due(|due| due.close = due.close.take().or(Some(close)));
+    }
+
+    /// Makes a pong due, and sends it if that needs no waiting.
+    pub fn answer_ping(&self, payload: Bytes) {
+        self.set_due(|due| due.pong = Some(payload));
+        self.flush();
+    }
+
+    /// Makes a ping due, and sends it if that needs no waiting. Its pong tells how many bytes had been
+    /// offered before it: [`mark_of`].
+    pub fn ping(&self) {
+        self.set_due(|due| due.ping = true);
+        self.flush();
+    }
+
+    /// Sends what is due, if that needs no waiting. When another thread is writing, it sends it.
+    fn flush(&self) -> Flushed {
+        while self.has_due.load(Ordering::SeqCst) {
+            let Some(mut turn) = self.try_turn() else {
+                return Flushed::Done;
+            };
+            if !is_ready(&self.socket, PollFlags::OUT) {
+                return Flushed::Full;
+            }
+            if self.send_due(&mut turn).is_err() {
+                return Flushed::Done;
+            }
+        }
+        Flushed::Done
+    }
+
+    /// What is due and found no room is sent as soon as there is some, unless bytes come first.
+    fn flush_before_read(&self) {
+        while self.flush() == Flushed::Full {
+            let mut fds = [PollFd::new(&*self.socket, PollFlags::IN | PollFlags::OUT)];
+            if poll(&mut fds, None).is_err() || fds[0].revents() != PollFlags::OUT {
+                return;
+            }
+        }
+    }
+
+    fn set_due(&self, set: impl FnOnce(&mut Due)) {
+        set(&mut lock(&self.due));
+        self.has_due.store(true, Ordering::SeqCst);
+    }
+
+    fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
+        match self.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn end_turn(&self, turn: MutexGuard<'_, Turn>) -> io::Result<()> {
+        let mut turn = Some(turn);
+        while let Some(mut held) = turn {
+            if self.has_due.load(Ordering::SeqCst) {
+                self.send_due(&mut held)?;
+            }
+            drop(held);
+            turn = if self.has_due.load(Ordering::SeqCst) {
+                self.try_turn()
+            } else {
+                None
+            };
+        }
+        Ok(())
+    }
+
+    fn send_due(&self, turn: &mut Turn) -> io::Result<()> {
+        self.has_due.store(false, Ordering::SeqCst);
+        let Due { pong, ping, close } = std::mem::take(&mut *lock(&self.due));
+        if turn.closed {
+            return Ok(());
+        }
+        let since = self.state.note_offered(0);
+        if let Some(payload) = pong {
+            self.write(turn, Frame::pong(payload), since)?;
+        }
+        if ping {
+            let mark = self.state.offered().to_be_bytes();
+            self.write(turn, Frame::ping(mark.to_vec()), since)?;
+        }
+        if let Some(close) = close {
+            self.write(turn, Frame::close(Some(close)), since)?;
+            turn.closed = true;
+        }
+        Ok(())
+    }
+
+    /// Writes a frame with a mask of its own (RFC 6455 §5.3).
+    fn write(&self, turn: &mut Turn, mut frame: Frame, since: u64) -> io::Result<()> {
+        if turn.closed {
+            return Err(io::Error::new(
+                ErrorKind::BrokenPipe,
+                "nothing can follow a Close",
+            ));
+        }
+        frame.header_mut().mask = Some(rand::random());
+        turn.frame.clear();
+        frame.format(&mut turn.frame).map_err(io::Error::other)?;
+        let written = self.write_all(&turn.frame, since);
+        turn.closed |= written.is_err();
+        written
+    }
+
+    /// Bytes that the socket took have moved, even while the rest of a frame waits.
+    fn write_all(&self, mut bytes: &[u8], since: u64) -> io::Result<()> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        while !bytes.is_empty() {
+            match send(&*self.socket, bytes, flags) {
+                Ok(count) => {
+                    self.state.note_sent(count, since);
+                    bytes = &bytes[count..];
+                }
+                Err(Errno::AGAIN | Errno::NOBUFS) => {
+                    let mut fds = [PollFd::new(&*self.socket, PollFlags::OUT)];
+                    match poll(&mut fds, None) {
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many bytes had been offered when the ping was sent that `pong` answers; `None` if it answers none
+/// of ours.
+pub fn mark_of(pong: &[u8]) -> Option<u64> {
+    pong.try_into().ok().map(u64::from_be_bytes)
+}
+
+/// Whether `socket` can be read from (`IN`) or written to (`OUT`) now. For writing, that needs a third of its
+/// buffer free, and a control frame is a few bytes.
+pub fn is_ready(socket: &Socket, how: PollFlags) -> bool {
+    let mut fds = [PollFd::new(socket, how)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+/// Ends both directions of `socket` at once, for every thread that uses it.
+pub fn shut(socket: &Socket) {
+    let _ = socket.shutdown(Shutdown::Both);
+}
+
+/// Ends a connection in order, on which both sides have sent their Close: sees the server close it, so that
+/// ours has reached it, if that does not take long.
+pub fn end(socket: &Socket) {
+    let deadline = Instant::now() + END_LIMIT;
+    let _ = socket.shutdown(Shutdown::Write);
+    let mut rest = [0; 256];
+    while let Ok(left) = left(deadline) {
+        let _ = socket.set_read_timeout(Some(left));
+        match (&mut &*socket).read(&mut rest) {
+            Ok(1..) => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Ok(0) | Err(_) => return,
+        }
+    }
+}
+
+/// The connection as tungstenite reads from it. It begins with the handshake, in which tungstenite writes
+/// too; then its writes go nowhere, as what is to be answered is made due at the [`ServerWriter`].
+#[derive(Debug)]
+pub struct ServerStream {
+    socket: Arc<Socket>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Until the deadline.
+    Handshake(Instant),
+    /// Each read that brings bytes is a sign of life.
+    Open(Arc<ServerWriter>, Arc<State>),
+}
+
+impl ServerStream {
+    /// A connection on which the handshake has until `deadline`.
+    pub fn new(socket: Arc<Socket>, deadline: Instant) -> ServerStream {
+        ServerStream {
+            socket,
+            phase: Phase::Handshake(deadline),
+        }
+    }
+
+    /// The connection's socket.
+    pub fn socket(&self) -> Arc<Socket> {
+        Arc::clone(&self.socket)
+    }
+
+    /// The handshake is done: reads have no deadline any more, and writes are the writer's.
+    ///
+    /// # Errors
+    /// When the system can't take the timeouts back.
+    pub fn open(&mut self, writer: Arc<ServerWriter>, state: Arc<State>) -> io::Result<()> {
+        self.socket.set_read_timeout(None)?;
+        self.socket.set_write_timeout(None)?;
+        self.phase = Phase::Open(writer, state);
+        Ok(())
+    }
+}
+
+impl Read for ServerStream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &self.phase {
+            Phase::Handshake(deadline) => self.socket.set_read_timeout(Some(left(*deadline)?))?,
+            Phase::Open(writer, _) => writer.flush_before_read(),
+        }
+        loop {
+            let read = (&*self.socket).read(buffer);
+            match (read, &self.phase) {
+                (Err(error), _) if error.kind() == ErrorKind::Interrupted => {}
+                (Ok(count @ 1..), Phase::Open(_, state)) => {
+                    state.note_heard();
+                    return Ok(count);
+                }
+                (read, _) => return read,
+            }
+        }
+    }
+}
+
+impl Write for ServerStream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        match &self.phase {
+            Phase::Handshake(deadline) => {
+                self.socket.set_write_timeout(Some(left(*deadline)?))?;
+                (&*self.socket).write(buffer)
+            }
+            Phase::Open(..) => Ok(buffer.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How long it is to `deadline`.
+///
+/// # Errors
+/// `WouldBlock`, as a read with a timeout has it, when it is over.
+pub fn left(deadline: Instant) -> io::Result<Duration> {
+    match deadline.checked_duration_since(Instant::now()) {
+        Some(left) if !left.is_zero() => Ok(left),
+        _ => Err(ErrorKind::WouldBlock.into()),
+    }
+}
