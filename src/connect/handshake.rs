@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind, Read};
 use std::sync::Arc;
 use std::time::Instant;
 
-use socket2::Socket;
+use socket2::{SockRef, Socket};
 use tungstenite::WebSocket;
 use tungstenite::client::{IntoClientRequest, client_with_config};
 use tungstenite::error::Error;
@@ -14,7 +14,7 @@ use tungstenite::http::HeaderValue;
 use tungstenite::http::header::{CONTENT_LENGTH, USER_AGENT};
 use tungstenite::protocol::WebSocketConfig;
 
-use super::options::{Config, Server};
+use super::options::Config;
 use super::printable;
 use super::server::ServerStream;
 use crate::dial::dial;
@@ -40,7 +40,7 @@ const MAX_BODY: usize = 64 * 1024;
 pub fn open(config: &Config) -> Result<WebSocket<ServerStream>, String> {
     let deadline = Instant::now() + config.dial_timeout;
     let request = request(config)?;
-    let socket = Arc::new(connect(&config.server, deadline)?);
+    let socket = Arc::new(connect(config, deadline)?);
     let stream = ServerStream::new(Arc::clone(&socket), deadline);
     let max_message = MAX_MESSAGE_MIB * 1024 * 1024;
     let limits = WebSocketConfig::default()
@@ -65,13 +65,16 @@ pub fn open(config: &Config) -> Result<WebSocket<ServerStream>, String> {
     }
 }
 
-fn connect(server: &Server, deadline: Instant) -> Result<Socket, String> {
+fn connect(config: &Config, deadline: Instant) -> Result<Socket, String> {
+    let server = &config.server;
     let stream = dial(&server.address, &Policy::default(), deadline)
         .map_err(|error| format!("cannot connect to {}: {error}", server.address))?;
-    let socket = Socket::from(stream);
     // Without it a pong waits behind more bytes.
-    let _ = socket.set_tcp_notsent_lowat(UNSENT);
-    Ok(socket)
+    let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
+    match &config.trust {
+        Some(trust) => trust.encrypt(stream, server, deadline),
+        None => Ok(stream.into()),
+    }
 }
 
 fn request(config: &Config) -> Result<Request, String> {

@@ -3,7 +3,7 @@
 //! The way of a connection:
 //!
 //! 1. [`options`] checks the command line; with `--listen`, [`listen`] accepts local connections;
-//! 2. [`handshake`] dials the server and upgrades, before one deadline;
+//! 2. [`handshake`] dials the server and upgrades, through [`tls`] for wss, before one deadline;
 //! 3. [`relay`] moves bytes between [`local`] and [`server`], one thread each way;
 //! 4. [`keepalive`], on the thread that started it, pings, watches the deadlines and waits for the end;
 //! 5. an orderly end on one side becomes an orderly end on the other, a broken one a broken one.
@@ -15,6 +15,8 @@ pub mod local;
 pub mod options;
 pub mod relay;
 pub mod server;
+#[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
+pub mod tls;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::Parser;
 use url::Url;
 
+use super::tls::Trust;
 use crate::config::{NoConfig, TOKEN_VARIABLE, at_least_one, duration, one_line, positive};
 use crate::dial::{Host, Target};
 
@@ -25,6 +26,8 @@ const MAX_TOKEN_FILE: u64 = 64 * 1024;
 pub struct Config {
     /// Where the daemon is.
     pub server: Server,
+    /// The certificates it may show; `None`: the connection is not encrypted.
+    pub trust: Option<Trust>,
     /// What it is asked with.
     pub token: Token,
     /// The local port; `None`: stdin and stdout are the connection.
@@ -101,6 +104,10 @@ struct Arguments {
     #[arg(long, value_name = "PATH")]
     access_token_file: Option<PathBuf>,
 
+    /// PEM file of certificates to trust besides the system's, for wss://
+    #[arg(long, value_name = "PATH")]
+    ca_file: Option<PathBuf>,
+
     /// Longest time to reach the daemon and the target behind it
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive)]
     dial_timeout: Duration,
@@ -117,8 +124,6 @@ struct Arguments {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     linger: Duration,
 }
-
-const NO_TLS: &str = "this tunneld speaks no TLS: use ws://";
 
 const AFTER_HELP: &str = "\
 Environment:
@@ -147,11 +152,18 @@ impl Config {
         let arguments = Arguments::try_parse_from(arguments)
             .map_err(|error| one_line(error, "tunneld connect --help"))?;
         let server = Server::parse(&arguments.url, arguments.host.as_deref(), arguments.port)?;
-        if server.is_tls() {
-            return Err(NO_TLS.to_owned().into());
-        }
+        let trust = match (server.is_tls(), &arguments.ca_file) {
+            (true, ca_file) => Some(Trust::load(ca_file.as_deref())?),
+            (false, None) => None,
+            (false, Some(_)) => {
+                return Err("--ca-file is of no use with ws://: write wss://"
+                    .to_owned()
+                    .into());
+            }
+        };
         Ok(Config {
             server,
+            trust,
             token: Token::find(arguments.access_token_file)?,
             listen: arguments.listen,
             max_connections: arguments.max_connections,

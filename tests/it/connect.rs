@@ -14,14 +14,14 @@ use socket2::SockRef;
 use crate::support::*;
 
 /// A running client. It is killed when dropped.
-struct Connect {
+pub struct Connect {
     child: Child,
     stderr: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
 }
 
 impl Connect {
-    fn command(url: &str, options: &[&str]) -> Command {
+    pub fn command(url: &str, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tunneld"));
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("TUNNELD_") {
@@ -34,7 +34,7 @@ impl Connect {
     }
 
     /// A client of `daemon` that leads to `port` on its localhost.
-    fn to(daemon: &Daemon, port: u16, options: &[&str]) -> Connect {
+    pub fn to(daemon: &Daemon, port: u16, options: &[&str]) -> Connect {
         let url = format!("ws://{}", daemon.address);
         let port = port.to_string();
         Connect::spawn(Connect::command(
@@ -43,7 +43,7 @@ impl Connect {
         ))
     }
 
-    fn spawn(mut command: Command) -> Connect {
+    pub fn spawn(mut command: Command) -> Connect {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = Arc::new(Mutex::new(String::new()));
@@ -62,16 +62,16 @@ impl Connect {
         }
     }
 
-    fn stdin(&mut self) -> ChildStdin {
+    pub fn stdin(&mut self) -> ChildStdin {
         self.child.stdin.take().unwrap()
     }
 
-    fn stdout(&mut self) -> ChildStdout {
+    pub fn stdout(&mut self) -> ChildStdout {
         self.child.stdout.take().unwrap()
     }
 
     /// Closes stdin and reads stdout to its end.
-    fn rest(&mut self) -> Vec<u8> {
+    pub fn rest(&mut self) -> Vec<u8> {
         drop(self.child.stdin.take());
         let mut bytes = Vec::new();
         self.stdout().read_to_end(&mut bytes).unwrap();
@@ -79,7 +79,7 @@ impl Connect {
     }
 
     /// Waits for the process to end: its exit code and its stderr.
-    fn ended(&mut self) -> (i32, String) {
+    pub fn ended(&mut self) -> (i32, String) {
         let child = &mut self.child;
         let status = within(LIMIT, "the client ends", || child.try_wait().unwrap());
         if let Some(reader) = self.reader.take() {
@@ -89,7 +89,7 @@ impl Connect {
     }
 
     /// Expects the exit code of a broken end, and one line with `part`.
-    fn broke(&mut self, part: &str) -> String {
+    pub fn broke(&mut self, part: &str) -> String {
         let (code, stderr) = self.ended();
         assert_eq!((code, stderr.lines().count()), (1, 1), "{stderr}");
         assert!(
@@ -99,11 +99,11 @@ impl Connect {
         stderr
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         self.stderr.lock().unwrap().clone()
     }
 
-    fn logged(&self, part: &str) -> String {
+    pub fn logged(&self, part: &str) -> String {
         within(LIMIT, &format!("{part} in {}", self.log()), || {
             let log = self.log();
             let line = log.lines().find(|line| line.contains(part))?;
@@ -112,20 +112,35 @@ impl Connect {
     }
 
     /// The local port.
-    fn address(&self) -> SocketAddr {
+    pub fn address(&self) -> SocketAddr {
         let line = self.logged("listening on ");
         let (_, address) = line.split_once("listening on ").unwrap();
         address.parse().unwrap()
     }
 
-    fn dial(&self) -> TcpStream {
+    pub fn dial(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address()).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         stream.set_write_timeout(Some(LIMIT)).unwrap();
         stream
     }
 
-    fn signal(&self, signal: Signal) {
+    /// The number of threads.
+    pub fn threads(&self) -> usize {
+        let path = format!("/proc/{}/task", self.child.id());
+        std::fs::read_dir(path).unwrap().count()
+    }
+
+    /// How much CPU it has used, in clock ticks.
+    pub fn ticks(&self) -> u64 {
+        let path = format!("/proc/{}/stat", self.child.id());
+        let stat = std::fs::read_to_string(path).unwrap();
+        let (_, behind_name) = stat.rsplit_once(')').unwrap();
+        let fields = behind_name.split_whitespace().skip(11).take(2);
+        fields.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+    }
+
+    pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 }
@@ -140,7 +155,7 @@ impl Drop for Connect {
     }
 }
 
-const LOCAL: [&str; 2] = ["--listen", "127.0.0.1:0"];
+pub const LOCAL: [&str; 2] = ["--listen", "127.0.0.1:0"];
 
 fn reset(stream: TcpStream) {
     SockRef::from(&stream)
@@ -149,7 +164,7 @@ fn reset(stream: TcpStream) {
 }
 
 /// Reads exactly `count` bytes.
-fn take(stream: &mut impl Read, count: usize) -> Vec<u8> {
+pub fn take(stream: &mut impl Read, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     stream.read_exact(&mut bytes).unwrap();
     bytes
@@ -327,8 +342,11 @@ fn an_idle_tunnel_stays() {
     stream
         .set_read_timeout(Some(Duration::from_millis(2500)))
         .unwrap();
+    let ticks = client.ticks();
     let silence = stream.read(&mut [0]).unwrap_err();
     assert_eq!(silence.kind(), ErrorKind::WouldBlock);
+    let used = client.ticks() - ticks;
+    assert!(used < 50, "{used} ticks for doing nothing");
     stdin.write_all(b"up").unwrap();
     assert_eq!(take(&mut stream, 2), b"up");
     stream.write_all(b"down").unwrap();
@@ -581,6 +599,7 @@ fn fifty_local_connections_at_once() {
     let daemon = Daemon::start(&[]);
     let client = Connect::to(&daemon, Target::echo().port, &LOCAL);
     let address = client.address();
+    let idle = client.threads();
     let barrier = Arc::new(Barrier::new(COUNT));
     let one = |index: usize| {
         let barrier = Arc::clone(&barrier);
@@ -605,6 +624,9 @@ fn fifty_local_connections_at_once() {
     let threads: Vec<_> = (0..COUNT).map(one).collect();
     assert!(threads.into_iter().all(|thread| thread.join().unwrap()));
     daemon.logged(COUNT, &["tunnel closed", "closed in order"]);
+    within(LIMIT, "every thread has ended", || {
+        (client.threads() <= idle).then_some(())
+    });
     assert!(!client.log().contains("WARN"), "{}", client.log());
 }
 

@@ -4,6 +4,7 @@
 mod answers;
 mod command_line;
 mod connect;
+mod connect_tls;
 mod ends;
 mod gate;
 mod hostile;
