@@ -101,7 +101,7 @@ pub fn relay(
         .and_then(|()| relay.start("download", move |relay| relay.download(server)))
         .and_then(|()| keepalive::watch(&relay, times));
     match outcome {
-        Ok(()) => relay.close_in_order(),
+        Ok(()) => relay.close_in_order(times.linger),
         Err(_) => relay.break_off(),
     }
     outcome
@@ -228,9 +228,9 @@ impl Relay {
         }
     }
 
-    fn close_in_order(&self) {
+    fn close_in_order(&self, limit: Duration) {
         self.local.close_in_order();
-        server::end(&self.socket);
+        server::end(&self.socket, limit);
     }
 
     /// The server first: what the upload sends after it has been woken, a Close for example, must not

@@ -23,9 +23,6 @@ use crate::tunnel::state::State;
 /// The most payload bytes in a message to the server.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
-/// How long a server may take to close a connection that has ended in order.
-const END_LIMIT: Duration = Duration::from_secs(2);
-
 /// The writing half of the server's connection.
 #[derive(Debug)]
 pub struct ServerWriter {
@@ -260,9 +257,9 @@ pub fn shut(socket: &Socket) {
 }
 
 /// Ends a connection in order, on which both sides have sent their Close: sees the server close it, so that
-/// ours has reached it, if that does not take long.
-pub fn end(socket: &Socket) {
-    let deadline = Instant::now() + END_LIMIT;
+/// everything up to our Close has reached it. For those that leave that to the client there is a `limit`.
+pub fn end(socket: &Socket, limit: Duration) {
+    let deadline = Instant::now() + limit;
     let _ = socket.shutdown(Shutdown::Write);
     let mut rest = [0; 256];
     while let Ok(left) = left(deadline) {

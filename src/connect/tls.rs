@@ -329,7 +329,7 @@ impl Pump {
         if !of_tcp.is_empty() {
             fds.push(PollFd::new(&*self.tcp, of_tcp));
         }
-        if self.left.is_none() {
+        if self.left.is_none() || !of_plain.is_empty() {
             fds.push(PollFd::new(&self.plain, of_plain));
         }
         let limit = match self.left {

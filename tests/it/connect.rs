@@ -705,12 +705,13 @@ fn bytes_right_behind_the_101_are_not_lost() {
     let (url, server) = fake_server(b"\x82\x05early\x88\x02\x03\xe8");
     let mut client = Connect::spawn(Connect::command(&url, &[]));
     let _stdin = client.stdin();
-    let (_stream, head) = server.join().unwrap();
+    let (stream, head) = server.join().unwrap();
     assert!(head.starts_with("GET /x?port=1 HTTP/1.1\r\n"), "{head}");
     assert!(head.contains("user-agent: tunneld/"), "{head}");
     assert!(!head.to_lowercase().contains("sec-websocket-protocol"));
     let mut stdout = client.stdout();
     assert_eq!(take(&mut stdout, 5), b"early");
+    drop(stream);
     assert_eq!(client.ended(), (0, String::new()));
 }
 
