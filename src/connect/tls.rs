@@ -17,10 +17,15 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustls::crypto::ring;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+};
 use socket2::{Domain, Socket, Type};
 
 use super::options::Server;
@@ -45,16 +50,19 @@ impl Trust {
     /// # Errors
     /// Why there are none, in a sentence.
     pub fn load(ca_file: Option<&Path>) -> Result<Trust, String> {
+        let ring = Arc::new(ring::default_provider());
         let mut roots = RootCertStore::empty();
+        let mut named = Vec::new();
         // What can't be read or understood is left out, as everybody does; if a server needs it, it says so.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         if let Some(path) = ca_file {
-            add_file(&mut roots, path).map_err(|error| {
+            named = certificates_in(path).map_err(|error| {
                 format!(
                     "cannot use the certificates in {}: {error}; write them as PEM",
                     path.display()
                 )
             })?;
+            roots.add_parsable_certificates(named.iter().cloned());
         }
         if roots.is_empty() {
             return Err(
@@ -62,10 +70,16 @@ impl Trust {
                     .into(),
             );
         }
-        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        let verifier = Verifier {
+            algorithms: ring.signature_verification_algorithms,
+            roots,
+            named,
+        };
+        let mut config = ClientConfig::builder_with_provider(ring)
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("cannot use TLS: {error}"))?
-            .with_root_certificates(roots)
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
             .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Trust(Arc::new(config)))
@@ -95,18 +109,77 @@ impl Trust {
     }
 }
 
-fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
-    let certificates = CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?;
-    let mut count = 0;
-    for certificate in certificates {
-        let certificate = certificate.map_err(|error| error.to_string())?;
-        roots.add(certificate).map_err(|error| error.to_string())?;
-        count += 1;
+fn certificates_in(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certificates: Result<Vec<_>, _> =
+        CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    match certificates {
+        Ok(none) if none.is_empty() => Err("there are none".into()),
+        Ok(certificates) => Ok(certificates),
+        Err(error) => Err(error.to_string()),
     }
-    if count == 0 {
-        return Err("there are none".into());
+}
+
+/// Has webpki judge a server's certificate, as rustls by itself does, with one exception: a certificate that
+/// may sign others is no server's own for webpki, but `openssl req -x509` makes such ones for servers by
+/// default. One that `--ca-file` names itself is good if nothing else is wrong with it.
+#[derive(Debug)]
+struct Verifier {
+    algorithms: WebPkiSupportedAlgorithms,
+    roots: RootCertStore,
+    named: Vec<CertificateDer<'static>>,
+}
+
+/// webpki has looked at the dates before it says this.
+const IS_OF_A_CA: &str = "CaUsedAsEndEntity";
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let parsed = ParsedCertificate::try_from(certificate)?;
+        let signed = verify_server_cert_signed_by_trust_anchor(
+            &parsed,
+            &self.roots,
+            intermediates,
+            now,
+            self.algorithms.all,
+        );
+        let is_excepted = |error: &Error| {
+            error.to_string().contains(IS_OF_A_CA) && self.named.contains(certificate)
+        };
+        match signed {
+            Err(error) if !is_excepted(&error) => return Err(error),
+            Ok(()) | Err(_) => verify_server_name(&parsed, name)?,
+        }
+        Ok(ServerCertVerified::assertion())
     }
-    Ok(())
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.2 was not offered".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
 }
 
 fn server_name(server: &Server) -> Option<ServerName<'static>> {
@@ -131,8 +204,8 @@ fn explain(error: &io::Error) -> String {
         _ if is_one_of(&["UnknownIssuer", "BadSignature"]) => {
             "nobody trusted has signed its certificate: name its CA with --ca-file".into()
         }
-        _ if is_one_of(&["CaUsedAsEndEntity"]) => {
-            "its certificate is that of a CA: give it one with basicConstraints CA:FALSE".into()
+        _ if is_one_of(&[IS_OF_A_CA]) => {
+            "its certificate is that of a CA: name that very one with --ca-file, or give it one with CA:FALSE".into()
         }
         _ => text,
     }

@@ -35,7 +35,7 @@ mod through_a_proxy {
     use std::thread;
     use std::time::{Duration, Instant};
 
-    use rcgen::{CertificateParams, DnType, KeyPair};
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, date_time_ymd};
     use rustix::process::Signal;
     use rustls::crypto::ring::default_provider;
     use rustls::pki_types::PrivateKeyDer;
@@ -53,10 +53,13 @@ mod through_a_proxy {
     impl Proxy {
         /// In front of `daemon`, with a certificate for `name`.
         fn to(address: SocketAddr, name: &str) -> Proxy {
+            Proxy::with(address, CertificateParams::new([name.to_owned()]).unwrap())
+        }
+
+        fn with(address: SocketAddr, mut certificate: CertificateParams) -> Proxy {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let port = listener.local_addr().unwrap().port();
             let key = KeyPair::generate().unwrap();
-            let mut certificate = CertificateParams::new([name.to_owned()]).unwrap();
             let issuer = format!("proxy on {port}");
             certificate
                 .distinguished_name
@@ -211,6 +214,32 @@ mod through_a_proxy {
         let stranger = Proxy::to(daemon.address, "stranger.example");
         stranger.client(1, &[]).broke("not valid for name");
         assert!(!daemon.log().contains("tunnel opened"), "{}", daemon.log());
+    }
+
+    #[test]
+    fn a_certificate_that_may_sign_others_is_good_if_it_is_named_itself() {
+        let daemon = Daemon::start(&[]);
+        let of_a_ca = |name: &str| {
+            let mut certificate = CertificateParams::new([name.to_owned()]).unwrap();
+            certificate.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            certificate
+        };
+        let target = Target::echo();
+        let named = Proxy::with(daemon.address, of_a_ca("localhost"));
+        let mut client = named.client(target.port, &[]);
+        client.stdin().write_all(b"x").unwrap();
+        assert_eq!(client.rest(), b"x");
+        assert_eq!(client.ended(), (0, String::new()));
+        let other = Proxy::with(daemon.address, of_a_ca("localhost"));
+        let ca_file = other.ca_file.path().to_str().unwrap();
+        let options = ["--port", "1", "--ca-file", ca_file];
+        Connect::spawn(Connect::command(&named.url, &options)).broke("name that very one");
+        let stranger = Proxy::with(daemon.address, of_a_ca("stranger.example"));
+        stranger.client(1, &[]).broke("not valid for name");
+        let mut expired = of_a_ca("localhost");
+        expired.not_after = date_time_ymd(2020, 1, 1);
+        let expired = Proxy::with(daemon.address, expired);
+        expired.client(1, &[]).broke("expired");
     }
 
     #[test]
