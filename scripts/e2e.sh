@@ -416,6 +416,8 @@ check_if "unshare --mount --pid --fork true" \
 . scripts/e2e/services.sh
 # shellcheck source=scripts/e2e/proxies.sh
 . scripts/e2e/proxies.sh
+# shellcheck source=scripts/e2e/connect.sh
+. scripts/e2e/connect.sh
 check "metrics: Prometheus' parser reads what the log tells" metrics_parse
 TUNNELD_ACCESS_TOKEN=$token check_if "unshare --net ip link set lo up" \
     "OpenAPI: schemathesis finds nothing against the document" contract
