@@ -30,7 +30,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// A refusal. `message` is one sentence that says what to do. It is cut at [`MAX_MESSAGE`] bytes.
+    /// A refusal. `message` is one sentence that says what to do. It is cut at `MAX_MESSAGE` bytes.
     pub fn refusal(status: u16, message: impl Into<String>) -> Answer {
         let mut message = message.into();
         if message.len() > MAX_MESSAGE {
