@@ -116,12 +116,21 @@ daemon_pid=${pids[-1]}
 wait_for "tunneld listens" grep -q 'listening on' "$work/tunneld.log" || { cat "$work/tunneld.log"; exit 1; }
 port=$(sed -n 's/.*listening on 127\.0\.0\.1:\([0-9]*\).*/\1/p' "$work/tunneld.log")
 url="ws://127.0.0.1:$port/tunnel"
+(umask 077 && printf '%s\n' "$token" >"$work/token")
 header="X-Access-Token: $token"
+
+via=websocat # or connect: what leads from a local port and from ssh through a tunnel
 
 local_listener() { # local_listener TARGET_PORT: a local port that leads through a tunnel; sets $local_port
     local_port=$(free_port)
-    start "websocat-$local_port" websocat --binary -H="$header" "tcp-l:127.0.0.1:$local_port" "$url?port=$1"
-    wait_for "websocat listens" listens "$local_port"
+    case $via in
+    websocat) start "local-$local_port" websocat --binary -H="$header" "tcp-l:127.0.0.1:$local_port" "$url?port=$1" ;;
+    connect)
+        start "local-$local_port" target/release/tunneld connect "ws://127.0.0.1:$port" --port "$1" \
+            --listen "127.0.0.1:$local_port" --access-token-file "$work/token"
+        ;;
+    esac
+    wait_for "the local port listens" listens "$local_port"
 }
 
 # --- cases --------------------------------------------------------------------------------------------
@@ -176,7 +185,20 @@ PasswordAuthentication no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
 EOF
-    cat >"$work/ssh_config" <<EOF
+    cat >"$work/ssh_options" <<EOF
+    User $(id -un)
+    IdentityFile $work/key
+    IdentitiesOnly yes
+    UserKnownHostsFile $work/known_hosts
+    StrictHostKeyChecking accept-new
+    BatchMode yes
+EOF
+    { echo "Host sandbox
+    ProxyCommand $root/target/release/tunneld connect ws://127.0.0.1:$port --port $ssh_port --access-token-file $work/token"
+    cat "$work/ssh_options"; } >"$work/ssh_config"
+    { echo "Host sandbox
+    ProxyCommand websocat --binary -H='$header' - $url?port=$ssh_port"
+    cat "$work/ssh_options"; } >"$work/ssh_config_websocat"
 Host sandbox
     ProxyCommand websocat --binary -H='$header' - $url?port=$ssh_port
     User $(id -un)
@@ -192,10 +214,13 @@ EOF
 
 ssh_command() {
     start_sshd || return
-    timeout 30 ssh -F "$work/ssh_config" sandbox 'echo "hello from $((6 * 7))"' >"$work/out" &&
-        expect "$work/out" "hello from 42" || { cat "$work/sshd.log"; return 1; }
-    timeout 30 ssh -F "$work/ssh_config" sandbox 'exit 7'
-    [ $? -eq 7 ]
+    local config
+    for config in ssh_config ssh_config_websocat; do
+        timeout 30 ssh -F "$work/$config" sandbox 'echo "hello from $((6 * 7))"' >"$work/out" &&
+            expect "$work/out" "hello from 42" || { cat "$work/sshd.log"; return 1; }
+        timeout 30 ssh -F "$work/$config" sandbox 'exit 7'
+        [ $? -eq 7 ] || return
+    done
 }
 
 scp_file() {
@@ -397,7 +422,7 @@ daemon_down() { refused_by "$header" "$url?port=1" "Connection refused"; }
 check "HTTP: curl fetches 200 MB through a local listener" http_file
 check "Redis: redis-cli through a local listener" redis_commands
 check "Redis: redis-benchmark, 50 clients, pipelined" redis_bench
-check "SSH: a command through ProxyCommand, and its exit code" ssh_command
+check "SSH: a command through ProxyCommand, and its exit code, with both clients" ssh_command
 check "SSH: scp of 50 MB there and back" scp_file
 check "stdin: a server that answers after the end of its input" answer_after_end
 check "wrong token: websocat says 401, the log why" wrong_token

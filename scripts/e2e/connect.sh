@@ -1,7 +1,5 @@
-# tunneld connect, the client in the box: as a ProxyCommand, in a pipe, as a local port, and through the proxies.
-# Sourced by ../e2e.sh.
-
-printf '%s\n' "$token" >"$work/token"
+# tunneld connect, the client in the box: in a pipe, as a local port, and through the proxies. SSH goes through it in
+# ../e2e.sh, the services in services.sh. Sourced by ../e2e.sh.
 
 connect() { # connect URL OPTION...: with the token
     timeout 60 target/release/tunneld connect "$@" --access-token-file "$work/token"
@@ -26,15 +24,6 @@ connect_refused() {
     [ $? -eq 1 ] && expect "$work/out" "tunneld: refused with 502: cannot reach localhost:$closed: " || return
     TUNNELD_ACCESS_TOKEN=mistaken timeout 10 target/release/tunneld connect "ws://127.0.0.1:$port" --port 1 </dev/null 2>"$work/out"
     [ $? -eq 1 ] && expect "$work/out" "tunneld: refused with 401: " && ! grep -qF mistaken "$work/out"
-}
-
-connect_ssh() {
-    sed "s,ProxyCommand .*,ProxyCommand target/release/tunneld connect ws://127.0.0.1:$port --port $ssh_port --access-token-file $work/token," \
-        "$work/ssh_config" >"$work/ssh_config_connect"
-    timeout 30 ssh -F "$work/ssh_config_connect" sandbox 'echo "hello from $((6 * 7))"; exit 7' >"$work/out"
-    [ $? -eq 7 ] && expect "$work/out" "hello from 42" || return
-    timeout 60 scp -q -F "$work/ssh_config_connect" "$work/local" "sandbox:$work/remote" || return
-    timeout 60 scp -q -F "$work/ssh_config_connect" "sandbox:$work/remote" "$work/back" && same_sum "$work/local" "$work/back"
 }
 
 connect_local_port() {
@@ -62,6 +51,5 @@ connect_wss() {
 
 check "connect: a pipe of 50 MB each way, and every end with its exit code" connect_in_a_pipe
 check "connect: a refusal with its message" connect_refused
-check "connect: ssh and scp through ProxyCommand" connect_ssh
 check "connect: redis-cli and redis-benchmark through a local port" connect_local_port
 check "connect: wss through nginx and HAProxy" connect_wss

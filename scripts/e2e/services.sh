@@ -1,4 +1,5 @@
-# Services, through tunneld and direct with the same results. Sourced by ../e2e.sh.
+# Services, through tunneld and direct with the same results: with websocat on the way, and with tunneld connect.
+# Sourced by ../e2e.sh.
 
 need psql postgresql
 need rsync rsync
@@ -34,21 +35,25 @@ sums() { # sums PORT DATABASE: a checksum of every table
     done
 }
 
-postgres() { # a database of about 100 MB, dumped and restored through tunnels
-    start_postgres && local_listener "$postgres_port" || return
+make_database() { # of about 100 MB
+    start_postgres || return
     export PGUSER=postgres PGHOST=127.0.0.1
-    sql "$postgres_port" postgres "create database source" && sql "$postgres_port" postgres "create database copy" &&
-        timeout 60 pgbench -q -i -s 7 -p "$postgres_port" source >"$work/pgbench.log" 2>&1 ||
-        { cat "$work/pgbench.log"; return 1; }
-    [ "$(sql "$local_port" source "select pg_database_size('source') > 100e6")" = t ] || return
-    timeout 120 pg_dump -Fc -p "$local_port" source | timeout 120 pg_restore -p "$local_port" -d copy || return
-    sums "$postgres_port" source >"$work/direct" && sums "$local_port" copy >"$work/tunneled" &&
+    sql "$postgres_port" postgres "create database source" &&
+        timeout 60 pgbench -q -i -s 7 -p "$postgres_port" source >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
+    [ "$(sql "$postgres_port" source "select pg_database_size('source') > 100e6")" = t ]
+}
+
+postgres() { # dumped and restored through tunnels
+    local_listener "$postgres_port" && sql "$local_port" postgres "create database copy_$via" || return
+    timeout 120 pg_dump -Fc -p "$local_port" source | timeout 120 pg_restore -p "$local_port" -d "copy_$via" || return
+    sums "$postgres_port" source >"$work/direct" && sums "$local_port" "copy_$via" >"$work/tunneled" &&
         cmp "$work/direct" "$work/tunneled" && [ -s "$work/direct" ] || return
-    timeout 60 pgbench -n -c 4 -T 3 -p "$local_port" source >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
+    timeout 60 pgbench -n -c 4 -T 3 -p "$local_port" "copy_$via" >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
     expect "$work/out" "number of failed transactions: 0"
 }
 
 redis_subscription() {
+    rm -f "$work/news"
     local_listener "$redis_port" || return
     timeout 20 redis-cli -p "$local_port" subscribe news >"$work/news" &
     wait_for "the subscription stands" grep -q subscribe "$work/news" || return
@@ -83,7 +88,7 @@ ssh_git() {
 http_keep_alive() { # two requests on one connection, which is one tunnel
     local served
     served=$(free_port)
-    start http11 python3 -c '
+    start "http11-$via" python3 -c '
 import http.server, sys
 class Handler(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -99,7 +104,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 websocket_inside() { # a WebSocket server is reached through a tunnel, which is one too
     local served
     served=$(free_port)
-    start inner websocat --binary "ws-l:127.0.0.1:$served" mirror:
+    start "inner-$via" websocat --binary "ws-l:127.0.0.1:$served" mirror:
     wait_for "the inner server listens" listens "$served" && local_listener "$served" || return
     head -c 1M /dev/urandom >"$work/inner"
     timeout 20 target/venv/bin/python - "$local_port" "$work/inner" <<'EOF'
@@ -115,10 +120,14 @@ assert received == data
 EOF
 }
 
-check "PostgreSQL: 100 MB dumped and restored, pgbench" postgres
-check "Redis: a subscription" redis_subscription
-check "Redis: 40,000 pipelined commands" redis_pipeline
+check "PostgreSQL: a database of 100 MB" make_database
+for via in websocat connect; do
+    check "PostgreSQL: dumped and restored, pgbench ($via)" postgres
+    check "Redis: a subscription ($via)" redis_subscription
+    check "Redis: 40,000 pipelined commands ($via)" redis_pipeline
+    check "HTTP: two requests on one connection ($via)" http_keep_alive
+    check "a WebSocket inside the tunnel ($via)" websocket_inside
+done
+via=websocat
 check "SSH: rsync of a tree there and back" ssh_rsync
 check "SSH: git clone" ssh_git
-check "HTTP: two requests on one connection" http_keep_alive
-check "a WebSocket inside the tunnel" websocket_inside
