@@ -57,7 +57,8 @@ fi
 PATH=$tools/bin:$PATH:/usr/sbin
 timeout 1500 cargo build --quiet --release --locked || exit 1
 triple=$(rustc -vV | sed -n 's/^host: //p')
-RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --target "$triple" || exit 1
+RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --no-default-features \
+    --target "$triple" || exit 1
 
 # --- words --------------------------------------------------------------------------------------------
 
