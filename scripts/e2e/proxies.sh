@@ -52,7 +52,9 @@ through() { # through BASE: all of it through one proxy, at localhost:PORT/PATH
     [ "$(status_of "https://$base?port=$closed" "$token")" = 502 ] && expect "$work/body" "Connection refused" || return
     [ "$(status_of "https://$base?port=0" "$token")" = 400 ] && expect "$work/body" "parameter port" || return
     [ "$(status_of "https://$base?port=1" wrong)" = 401 ] && expect "$work/body" "X-Access-Token" || return
-    [ "$(status_of "https://${base%tunnel}nothing" "$token")" = 404 ]
+    [ "$(status_of "https://${base%tunnel}nothing" "$token")" = 404 ] || return
+    local answer=(timeout 10 curl -sS -o "$work/body" -w '%{http_code}' --cacert "$work/tls.pem" --http1.1 -H "$header")
+    [ "$("${answer[@]}" "https://$base?port=1")" = 426 ] && [ "$("${answer[@]}" -X POST "https://$base?port=1")" = 405 ]
 }
 
 through_nginx() { start_proxied && through "localhost:$nginx_port/tunnel"; }

@@ -78,7 +78,7 @@ pub enum Token {
 ///   ssh -o ProxyCommand='tunneld connect ws://sandbox:49983 --port 22' sandbox
 ///   tunneld connect ws://sandbox:49983 --port 5432 --listen 127.0.0.1:5432
 #[derive(Debug, Parser)]
-#[command(name = "tunneld connect", version, verbatim_doc_comment, max_term_width = 100, after_help = AFTER_HELP)]
+#[command(name = "tunneld connect", bin_name = "tunneld connect", version, verbatim_doc_comment, max_term_width = 100, after_help = AFTER_HELP)]
 struct Arguments {
     /// The daemon, ws://host[:port][/path] or wss://...; without a path, /tunnel
     #[arg(value_name = "URL")]
