@@ -12,6 +12,7 @@ start_proxied() { # two daemons that ping each second, a certificate, nginx and 
     local a b
     a=$(listening_port proxied-a) && b=$(listening_port proxied-b) || return
     openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 \
+        -addext basicConstraints=critical,CA:FALSE \
         -keyout "$work/tls.key" -out "$work/tls.pem" 2>/dev/null || return
     cat "$work/tls.pem" "$work/tls.key" >"$work/both.pem"
     nginx_port=$(free_port) && haproxy_port=$(free_port)

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind, Read};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use socket2::{SockRef, Socket};
 use tungstenite::WebSocket;
@@ -33,6 +33,11 @@ const UNSENT: u32 = 128 * 1024;
 /// How much of a refusal's body is read.
 const MAX_BODY: usize = 64 * 1024;
 
+/// How long the rest of it may take.
+const BODY_TIMEOUT: Duration = Duration::from_secs(1);
+
+const TOKEN: &str = "X-Access-Token";
+
 /// Connects to the server and upgrades, before the dial timeout is over.
 ///
 /// # Errors
@@ -40,6 +45,7 @@ const MAX_BODY: usize = 64 * 1024;
 pub fn open(config: &Config) -> Result<WebSocket<ServerStream>, String> {
     let deadline = Instant::now() + config.dial_timeout;
     let request = request(config)?;
+    let token = request.headers().get(TOKEN).cloned();
     let socket = Arc::new(connect(config, deadline)?);
     let stream = ServerStream::new(Arc::clone(&socket), deadline);
     let max_message = MAX_MESSAGE_MIB * 1024 * 1024;
@@ -55,7 +61,9 @@ pub fn open(config: &Config) -> Result<WebSocket<ServerStream>, String> {
             config.server.address, config.dial_timeout
         )),
         Err(HandshakeError::Failure(Error::Http(response))) => {
-            Err(refusal(*response, ServerStream::new(socket, deadline)))
+            let deadline = deadline.min(Instant::now() + BODY_TIMEOUT);
+            let said = refusal(*response, ServerStream::new(socket, deadline));
+            Err(without(token.as_ref(), &said))
         }
         Err(HandshakeError::Failure(error)) => Err(format!(
             "{} does not upgrade to a WebSocket: {}",
@@ -90,7 +98,7 @@ fn request(config: &Config) -> Result<Request, String> {
     if let Some(token) = config.token.get()? {
         let token = HeaderValue::from_str(&token)
             .map_err(|_| "the access token can't stand in a header: use visible ASCII")?;
-        headers.insert("X-Access-Token", token);
+        headers.insert(TOKEN, token);
     }
     Ok(request)
 }
@@ -106,14 +114,26 @@ fn refusal(response: Response, stream: ServerStream) -> String {
     // Whatever of it comes is better than nothing.
     let _ = read_rest(stream, rest, &mut body);
     body.truncate(length);
-    let json = serde_json::from_slice::<serde_json::Value>(&body).ok();
+    let body = String::from_utf8_lossy(&body);
+    // A proxy may have sent it in chunks, whose lengths stand around it.
+    let object = body.find('{').zip(body.rfind('}'));
+    let object = object.and_then(|(start, end)| body.get(start..=end));
+    let json = object.and_then(|object| serde_json::from_str::<serde_json::Value>(object).ok());
     let message = match json.as_ref().and_then(|json| json["message"].as_str()) {
         Some(message) => message.to_owned(),
-        None => String::from_utf8_lossy(&body).into_owned(),
+        None => body.clone().into_owned(),
     };
     match printable(message.trim()) {
         message if message.is_empty() => format!("refused with {status}"),
         message => format!("refused with {}: {message}", status.as_u16()),
+    }
+}
+
+/// A server may send back what it was asked, the token included.
+fn without(token: Option<&HeaderValue>, said: &str) -> String {
+    match token.and_then(|token| token.to_str().ok()) {
+        Some(token) => said.replace(token, "(the token)"),
+        None => said.to_owned(),
     }
 }
 

@@ -28,7 +28,7 @@ pub fn watch(relay: &Relay, times: Times) -> Result<(), String> {
         }
         let now = relay.state.age();
         let look_again = match ends.first {
-            Some(first) => linger(relay, times, first, now)?,
+            Some(first) => linger(relay, times, first, now, !ends.download)?,
             None => {
                 if now >= next_ping {
                     next_ping = now + times.ping_interval;
@@ -44,10 +44,19 @@ pub fn watch(relay: &Relay, times: Times) -> Result<(), String> {
 }
 
 /// One direction has ended; the other goes on while bytes move. Returns when to look again.
-fn linger(relay: &Relay, times: Times, first: Duration, now: Duration) -> Result<Duration, String> {
+fn linger(
+    relay: &Relay,
+    times: Times,
+    first: Duration,
+    now: Duration,
+    is_reading: bool,
+) -> Result<Duration, String> {
     let deadline = first.max(relay.state.last_moved()) + times.linger;
     if now < deadline {
         return Ok(deadline);
+    }
+    if is_reading && !relay.state.is_parked() && is_ready(&relay.socket, PollFlags::IN) {
+        return Ok(now + CATCH_UP);
     }
     Err(format!(
         "nothing moved for {:?} after one direction had ended (see --linger)",

@@ -1,8 +1,9 @@
 //! The local side of a connection: stdin and stdout, or a connection to the local port.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 
@@ -62,8 +63,8 @@ impl Local {
         }
     }
 
-    /// The server will send nothing more: a FIN, or no more reading of stdin, as nobody can speak to a
-    /// process that has lost its stdout.
+    /// The server will send nothing more: a FIN, or an end of stdin as soon as it is idle. Nobody can speak to a
+    /// process that has lost its stdout, but what is on its way to the target must not be cut off.
     pub fn finish(&self) {
         match self {
             Local::Stdio(stdio) => stdio.stop(),
@@ -81,16 +82,23 @@ impl Local {
     /// Makes the end a broken one: a RST. Wakes the threads that wait, but for one in a write to stdout.
     pub fn break_off(&self) {
         match self {
-            Local::Stdio(stdio) => stdio.stop(),
+            Local::Stdio(stdio) => stdio.break_off(),
             Local::Socket(socket) => socket.break_off(),
         }
     }
 }
 
+/// How long stdin must bring nothing to be idle.
+const IDLE: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
 /// Stdin and stdout. Neither is buffered.
 #[derive(Debug)]
 pub struct Stdio {
     stopped: OwnedFd,
+    broken_off: AtomicBool,
 }
 
 impl Stdio {
@@ -101,10 +109,16 @@ impl Stdio {
     pub fn new() -> io::Result<Stdio> {
         Ok(Stdio {
             stopped: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            broken_off: AtomicBool::new(false),
         })
     }
 
-    /// Ends stdin for the reader here.
+    fn break_off(&self) {
+        self.broken_off.store(true, Ordering::SeqCst);
+        self.stop();
+    }
+
+    /// Wakes the reader of stdin, for which it ends once it is idle.
     fn stop(&self) {
         let _ = rustix::io::write(&self.stopped, &1u64.to_ne_bytes());
     }
@@ -117,7 +131,8 @@ impl Stdio {
                 PollFd::new(&self.stopped, PollFlags::IN),
             ];
             match poll(&mut fds, None) {
-                Ok(_) if !fds[1].revents().is_empty() => return Received::Eof,
+                Ok(_) if self.broken_off.load(Ordering::SeqCst) => return Received::BrokenOff,
+                Ok(_) if !fds[1].revents().is_empty() && is_idle(&stdin) => return Received::Eof,
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(error) => return Received::Failed(io::Error::from(error).to_string()),
@@ -130,6 +145,11 @@ impl Stdio {
             }
         }
     }
+}
+
+fn is_idle(stdin: &io::Stdin) -> bool {
+    let mut fds = [PollFd::new(stdin, PollFlags::IN)];
+    poll(&mut fds, Some(&IDLE)).is_ok_and(|ready| ready == 0)
 }
 
 /// Whoever started the process may have made its stdout non-blocking.

@@ -55,12 +55,19 @@ fn through(config: &Config, local: Local) -> Result<(), String> {
     relay::relay(server, local, config.times).map_err(|why| format!("the tunnel broke: {why}"))
 }
 
+/// How many characters of what a server says are shown.
+const MAX_SAID: usize = 500;
+
 /// What a server says, fit for a terminal and a log line.
 fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() {
-            shown.extend(character.escape_default());
+    let mut shown = String::new();
+    for (index, character) in text.chars().enumerate() {
+        if index == MAX_SAID {
+            shown.push('…');
+            break;
+        }
+        if character.is_control() || turns_text(character) {
+            shown.extend(character.escape_unicode());
         } else {
             shown.push(character);
         }
@@ -68,11 +75,18 @@ fn printable(text: &str) -> String {
     shown
 }
 
+/// Characters that are not seen, or that change the direction or the lines of what is.
+fn turns_text(character: char) -> bool {
+    matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
 #[cfg(test)]
 mod tests {
     #[test]
     fn what_a_server_says_cannot_steer_a_terminal() {
         let text = super::printable("caf\u{e9} \u{1b}[2J\r\nnext\u{9b}");
-        assert_eq!(text, "caf\u{e9} \\u{1b}[2J\\r\\nnext\\u{9b}");
+        assert_eq!(text, "caf\u{e9} \\u{1b}[2J\\u{d}\\u{a}next\\u{9b}");
+        assert_eq!(super::printable("\u{202e}abc"), "\\u{202e}abc");
+        assert_eq!(super::printable(&"x".repeat(9999)).chars().count(), 501);
     }
 }

@@ -251,9 +251,13 @@ impl Token {
                 "{TOKEN_VARIABLE} and --access-token-file are both set: remove one of them"
             )),
             (Some(path), None) => {
+                // A pipe, such as the shell's <(...), can be read once.
+                let can_change = std::fs::metadata(&path).is_ok_and(|file| file.is_file());
                 let token = Token::InFile(path);
-                token.get()?;
-                Ok(token)
+                match token.get()? {
+                    Some(now) if !can_change => Ok(Token::Is(now)),
+                    _ => Ok(token),
+                }
             }
             (None, Some(value)) => first_line(&value.to_string_lossy())
                 .map(Token::Is)

@@ -51,7 +51,8 @@ pub struct Relay {
 #[derive(Debug, Default)]
 pub struct Ends {
     upload: bool,
-    download: bool,
+    /// The server sends nothing more.
+    pub download: bool,
     /// Why the server took less than the local side had to send. The download learns what is behind it.
     unsent: Option<String>,
     broken: Option<String>,
@@ -100,9 +101,9 @@ pub fn relay(
         .start("upload", |relay| relay.upload())
         .and_then(|()| relay.start("download", move |relay| relay.download(server)))
         .and_then(|()| keepalive::watch(&relay, times));
-    match outcome {
-        Ok(()) => relay.close_in_order(times.linger),
-        Err(_) => relay.break_off(),
+    let outcome = outcome.and_then(|()| relay.close_in_order(times.linger));
+    if outcome.is_err() {
+        relay.break_off();
     }
     outcome
 }
@@ -228,9 +229,12 @@ impl Relay {
         }
     }
 
-    fn close_in_order(&self, limit: Duration) {
+    fn close_in_order(&self, limit: Duration) -> Result<(), String> {
+        server::end(&self.socket, limit).map_err(|error| {
+            format!("the server did not take everything before its end: {error}")
+        })?;
         self.local.close_in_order();
-        server::end(&self.socket, limit);
+        Ok(())
     }
 
     /// The server first: what the upload sends after it has been woken, a Close for example, must not

@@ -256,20 +256,30 @@ pub fn shut(socket: &Socket) {
     let _ = socket.shutdown(Shutdown::Both);
 }
 
+/// How many bytes behind a Close, where there are to be none, are read and dropped.
+const MAX_BEHIND_CLOSE: usize = 1024 * 1024;
+
 /// Ends a connection in order, on which both sides have sent their Close: sees the server close it, so that
 /// everything up to our Close has reached it. For those that leave that to the client there is a `limit`.
-pub fn end(socket: &Socket, limit: Duration) {
+///
+/// # Errors
+/// When the connection failed: what was sent last may not have reached it.
+pub fn end(socket: &Socket, limit: Duration) -> io::Result<()> {
     let deadline = Instant::now() + limit;
     let _ = socket.shutdown(Shutdown::Write);
-    let mut rest = [0; 256];
+    let mut rest = vec![0; 16 * 1024];
+    let mut dropped = 0;
     while let Ok(left) = left(deadline) {
         let _ = socket.set_read_timeout(Some(left));
         match (&mut &*socket).read(&mut rest) {
-            Ok(1..) => {}
+            Ok(count @ 1..) if dropped < MAX_BEHIND_CLOSE => dropped += count,
+            Ok(_) => return Ok(()),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Ok(0) | Err(_) => return,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
+    Ok(())
 }
 
 /// The connection as tungstenite reads from it. It begins with the handshake, in which tungstenite writes

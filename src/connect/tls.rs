@@ -17,20 +17,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
-use rustls::crypto::{
-    WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature,
-};
+use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::ParsedCertificate;
-use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
-};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use socket2::{Domain, Socket, Type};
 
 use super::options::Server;
+use super::printable;
 use super::server::{ServerStream, left};
 
 /// rustls verifies and decrypts on it.
@@ -54,17 +48,16 @@ impl Trust {
     pub fn load(ca_file: Option<&Path>) -> Result<Trust, String> {
         let ring = Arc::new(ring::default_provider());
         let mut roots = RootCertStore::empty();
-        let mut named = Vec::new();
         // What can't be read or understood is left out, as everybody does; if a server needs it, it says so.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         if let Some(path) = ca_file {
-            named = certificates_in(path).map_err(|error| {
+            let named = certificates_in(path).map_err(|error| {
                 format!(
                     "cannot use the certificates in {}: {error}; write them as PEM",
                     path.display()
                 )
             })?;
-            roots.add_parsable_certificates(named.iter().cloned());
+            roots.add_parsable_certificates(named);
         }
         if roots.is_empty() {
             return Err(
@@ -72,16 +65,10 @@ impl Trust {
                     .into(),
             );
         }
-        let verifier = Verifier {
-            algorithms: ring.signature_verification_algorithms,
-            roots,
-            named,
-        };
         let mut config = ClientConfig::builder_with_provider(ring)
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("cannot use TLS: {error}"))?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Trust(Arc::new(config)))
@@ -121,69 +108,6 @@ fn certificates_in(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> 
     }
 }
 
-/// Has webpki judge a server's certificate, as rustls by itself does, with one exception: a certificate that
-/// may sign others is no server's own for webpki, but `openssl req -x509` makes such ones for servers by
-/// default. One that `--ca-file` names itself is good if nothing else is wrong with it.
-#[derive(Debug)]
-struct Verifier {
-    algorithms: WebPkiSupportedAlgorithms,
-    roots: RootCertStore,
-    named: Vec<CertificateDer<'static>>,
-}
-
-/// webpki has looked at the dates before it says this.
-const IS_OF_A_CA: &str = "CaUsedAsEndEntity";
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        _ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        let parsed = ParsedCertificate::try_from(certificate)?;
-        let signed = verify_server_cert_signed_by_trust_anchor(
-            &parsed,
-            &self.roots,
-            intermediates,
-            now,
-            self.algorithms.all,
-        );
-        let is_excepted = |error: &Error| {
-            error.to_string().contains(IS_OF_A_CA) && self.named.contains(certificate)
-        };
-        match signed {
-            Err(error) if !is_excepted(&error) => return Err(error),
-            Ok(()) | Err(_) => verify_server_name(&parsed, name)?,
-        }
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
 fn server_name(server: &Server) -> Option<ServerName<'static>> {
     match server.url.host()? {
         url::Host::Domain(name) => {
@@ -206,13 +130,13 @@ fn explain(error: &io::Error) -> String {
         _ if is_one_of(&["UnknownIssuer", "BadSignature"]) => {
             "nobody trusted has signed its certificate: name its CA with --ca-file".into()
         }
-        _ if is_one_of(&[IS_OF_A_CA]) => {
-            "its certificate is that of a CA: name that very one with --ca-file, or give it one with CA:FALSE".into()
+        _ if is_one_of(&["CaUsedAsEndEntity"]) => {
+            "its certificate is that of a CA, as openssl req -x509 makes them: add -addext basicConstraints=critical,CA:FALSE".into()
         }
         _ if is_one_of(&["ProtocolVersion"]) && !cfg!(feature = "tls12") => {
             "it has no TLS 1.3: turn that on there, or build with --features tls12".into()
         }
-        _ => text,
+        _ => printable(&text),
     }
 }
 

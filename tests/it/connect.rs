@@ -216,7 +216,7 @@ fn the_end_of_the_target_ends_the_client_though_stdin_is_open() {
 }
 
 #[test]
-fn what_was_read_from_stdin_is_sent_before_the_end() {
+fn what_is_on_stdin_goes_on_after_the_end_of_the_target() {
     let daemon = Daemon::start(&[]);
     let target = Target::listen();
     let mut client = Connect::to(&daemon, target.port, &[]);
@@ -225,11 +225,34 @@ fn what_was_read_from_stdin_is_sent_before_the_end() {
     let mut stdin = client.stdin();
     let bytes = Random::new(1).bytes(20_000_000);
     let copy = bytes.clone();
-    let writer = thread::spawn(move || stdin.write_all(&copy).is_err());
+    let writer = thread::spawn(move || stdin.write_all(&copy));
     let (got, orderly) = read_to_end(&mut stream);
-    assert!(orderly && bytes.starts_with(&got), "{}", got.len());
+    assert!(
+        orderly && got == bytes,
+        "{} of {} bytes",
+        got.len(),
+        bytes.len()
+    );
     assert_eq!(client.ended(), (0, String::new()));
-    assert!(writer.join().unwrap(), "stdin was read to its end");
+    writer.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_client_that_was_stopped_for_longer_than_the_linger_loses_nothing() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let mut client = Connect::to(&daemon, target.port, &["--linger", "300ms"]);
+    let mut stream = target.accept();
+    drop(client.stdin());
+    assert_eq!(read_to_end(&mut stream), (Vec::new(), true));
+    client.signal(Signal::STOP);
+    stream.write_all(&[7; 60_000]).unwrap();
+    drop(stream);
+    daemon.logged(1, &["tunnel closed", "closed in order"]);
+    thread::sleep(Duration::from_millis(400));
+    client.signal(Signal::CONT);
+    assert_eq!(client.rest(), [7; 60_000]);
+    assert_eq!(client.ended(), (0, String::new()));
 }
 
 #[test]
