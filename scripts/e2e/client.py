@@ -38,6 +38,13 @@ async def both_ways():
         print(f"{megabytes} MiB each way, then our close: {websocket.close_code}")
 
 
+async def half_close():
+    async with tunnel() as websocket:
+        await websocket.send(b"Axyz")
+        await websocket.close()
+        print("our close, then the target's answer:", (await websocket.recv()).decode())
+
+
 async def end(what):
     """What comes until the end, and the end's code."""
     received = b""
@@ -52,6 +59,7 @@ async def end(what):
 
 async def main():
     await both_ways()
+    await half_close()
     print("the target's end:", await end(b"B"))
     print("the target's reset:", await end(b"R"))
     try:

@@ -44,7 +44,8 @@ seen() { # seen LINE...: the client has printed these lines
 python_websockets() {
     TUNNELD_ACCESS_TOKEN=$token timeout 120 target/venv/bin/python scripts/e2e/client.py "$url?port=$test_port" \
         >"$work/out" 2>&1
-    seen "50 MiB each way, then our close: 1000" "the target's end: bye 1000" "the target's reset:  1011" &&
+    seen "50 MiB each way, then our close: 1000" "our close, then the target's answer: 3 bytes came" \
+        "the target's end: bye 1000" "the target's reset:  1011" &&
         grep -q '^a wrong token: 401 {"code":401' "$work/out"
 }
 
