@@ -28,7 +28,7 @@ trap 'exit 130' INT TERM
 need() { # need COMMAND PACKAGE...: installs the packages if the command is missing
     local command=$1
     shift
-    PATH=$PATH:/usr/sbin command -v "$command" >/dev/null && return
+    PATH=$(echo /usr/lib/postgresql/*/bin):$PATH:/usr/sbin command -v "$command" >/dev/null && return
     echo "installing $* ..." >&2
     [ "${apt_updated:-}" ] || timeout 300 apt-get update -qq >&2
     apt_updated=1

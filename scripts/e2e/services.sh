@@ -1,7 +1,8 @@
 # Services, through tunneld and direct with the same results: with websocat on the way, and with tunneld connect.
 # Sourced by ../e2e.sh.
 
-need psql postgresql
+need psql postgresql-client
+need initdb postgresql
 need rsync rsync
 need git git
 
