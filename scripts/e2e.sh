@@ -119,6 +119,8 @@ port=$(sed -n 's/.*listening on 127\.0\.0\.1:\([0-9]*\).*/\1/p' "$work/tunneld.l
 url="ws://127.0.0.1:$port/tunnel"
 (umask 077 && printf '%s\n' "$token" >"$work/token")
 header="X-Access-Token: $token"
+upgrade=(-H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' # for curl
+    -H 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==')
 
 via=websocat # or connect: what leads from a local port and from ssh through a tunnel
 
@@ -200,15 +202,6 @@ EOF
     { echo "Host sandbox
     ProxyCommand websocat --binary -H='$header' - $url?port=$ssh_port"
     cat "$work/ssh_options"; } >"$work/ssh_config_websocat"
-Host sandbox
-    ProxyCommand websocat --binary -H='$header' - $url?port=$ssh_port
-    User $(id -un)
-    IdentityFile $work/key
-    IdentitiesOnly yes
-    UserKnownHostsFile $work/known_hosts
-    StrictHostKeyChecking accept-new
-    BatchMode yes
-EOF
     start sshd /usr/sbin/sshd -D -e -f "$work/sshd_config"
     wait_for "sshd listens" listens "$ssh_port" || { cat "$work/sshd.log"; return 1; }
 }
@@ -272,8 +265,7 @@ closed_port() {
     local closed
     closed=$(free_port)
     refused_by "$header" "$url?port=$closed" "502" && expect "$work/tunneld.log" "cannot reach localhost:$closed" &&
-        timeout 10 curl -sS -H "$header" -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \
-            -H 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==' "http://127.0.0.1:$port/tunnel?port=$closed" >"$work/out" &&
+        timeout 10 curl -sS -H "$header" "${upgrade[@]}" "http://127.0.0.1:$port/tunnel?port=$closed" >"$work/out" &&
         expect "$work/out" '"code":502' && expect "$work/out" "Connection refused"
 }
 

@@ -72,8 +72,7 @@ chromium_page() {
     kill "$browser" 2>/dev/null
     seen "50 MiB each way, then our close: 1000" "the target's end: bye 1000" "the target's reset:  1011" || return
     # Another origin's page may not.
-    timeout 10 curl -sS -o "$work/out" -w '%{http_code}' -H "Origin: http://evil.example" -H 'Connection: Upgrade' \
-        -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==' \
+    timeout 10 curl -sS -o "$work/out" -w '%{http_code}' -H "Origin: http://evil.example" "${upgrade[@]}" \
         "http://127.0.0.1:$open_port/tunnel?port=$test_port" | grep -qx 403
 }
 

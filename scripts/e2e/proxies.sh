@@ -34,8 +34,8 @@ wss() { # wss URL_PATH...: websocat through TLS
 }
 
 status_of() { # status_of HTTPS_URL TOKEN: what an upgrade is answered with
-    timeout 10 curl -sS -o "$work/body" -w '%{http_code}' --cacert "$work/tls.pem" -H "X-Access-Token: $2" -H 'Upgrade: websocket' \
-        -H 'Connection: Upgrade' -H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==' --http1.1 "$1"
+    timeout 10 curl -sS -o "$work/body" -w '%{http_code}' --cacert "$work/tls.pem" -H "X-Access-Token: $2" \
+        "${upgrade[@]}" --http1.1 "$1"
 }
 
 through() { # through BASE: all of it through one proxy, at localhost:PORT/PATH
