@@ -6,7 +6,7 @@ use rustix::event::PollFlags;
 
 use super::options::Times;
 use super::relay::Relay;
-use super::server::is_ready;
+use crate::tunnel::turns::is_ready;
 
 /// How long a server with bytes before it may be silent. They lie ahead of the ping in its buffers for as
 /// long as the target takes none, but a tunneld pings meanwhile, every 30 s by default.
@@ -55,7 +55,7 @@ fn linger(
     if now < deadline {
         return Ok(deadline);
     }
-    if is_reading && !relay.state.is_parked() && is_ready(&relay.socket, PollFlags::IN) {
+    if is_reading && !relay.state.is_parked() && is_ready(&*relay.socket, PollFlags::IN) {
         return Ok(now + CATCH_UP);
     }
     Err(format!(
@@ -80,7 +80,7 @@ fn judge(relay: &Relay, times: Times, now: Duration) -> Result<Option<Duration>,
     if now < due {
         return Ok(Some(due));
     }
-    if is_ready(&relay.socket, PollFlags::IN) {
+    if is_ready(&*relay.socket, PollFlags::IN) {
         return Ok(Some(now + CATCH_UP));
     }
     Err(format!(

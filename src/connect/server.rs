@@ -1,15 +1,12 @@
-//! The server's connection: written to as whole frames under one lock, and read from by tungstenite.
-//!
-//! Only the upload waits in a write here. Another thread with a frame to send makes it due; whoever holds
-//! the lock sends it before unlocking, and looks once more after unlocking, so nothing stays behind.
+//! The server's connection: written to in turns, and read from by tungstenite. Only the upload waits in a write
+//! here.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use socket2::Socket;
@@ -17,8 +14,8 @@ use tungstenite::Bytes;
 use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
 use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader};
 
-use crate::lock::lock;
 use crate::tunnel::state::State;
+use crate::tunnel::turns::Turns;
 
 /// The most payload bytes in a message to the server.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -28,9 +25,7 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 pub struct ServerWriter {
     socket: Arc<Socket>,
     state: Arc<State>,
-    turn: Mutex<Turn>,
-    due: Mutex<Due>,
-    has_due: AtomicBool,
+    turns: Turns<Turn, Due>,
 }
 
 /// Held while a frame is written.
@@ -51,24 +46,13 @@ struct Due {
     close: Option<CloseFrame>,
 }
 
-/// What became of an attempt to send what is due without waiting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flushed {
-    /// Nothing is due any more, or its sender has it.
-    Done,
-    /// The socket takes nothing just now.
-    Full,
-}
-
 impl ServerWriter {
     /// The writer for `socket`, on which the upgrade is done.
     pub fn new(socket: Arc<Socket>, state: Arc<State>) -> ServerWriter {
         ServerWriter {
             socket,
             state,
-            turn: Mutex::default(),
-            due: Mutex::default(),
-            has_due: AtomicBool::new(false),
+            turns: Turns::default(),
         }
     }
 
@@ -77,7 +61,7 @@ impl ServerWriter {
     /// # Errors
     /// When the server takes no more: its connection failed, or a Close has been sent.
     pub fn send_message(&self, payload: &[u8]) -> io::Result<()> {
-        let mut turn = lock(&self.turn);
+        let mut turn = self.turns.take();
         let since = self.state.note_offered(payload.len());
         let header = FrameHeader {
             opcode: OpCode::Data(Data::Binary),
@@ -94,7 +78,7 @@ impl ServerWriter {
     /// When the server takes no more.
     pub fn send_close(&self, code: CloseCode) -> io::Result<()> {
         self.set_close(code, "");
-        self.end_turn(lock(&self.turn))
+        self.end_turn(self.turns.take())
     }
 
     /// Sends a Close, unless one has been, if that needs no waiting.
@@ -106,80 +90,40 @@ impl ServerWriter {
     fn set_close(&self, code: CloseCode, reason: &str) {
         let reason = reason.into();
         let close = CloseFrame { code, reason };
-        self.set_due(|due| due.close = due.close.take().or(Some(close)));
+        self.turns
+            .set_due(|due| due.close = due.close.take().or(Some(close)));
     }
 
     /// Makes a pong due, and sends it if that needs no waiting.
     pub fn answer_ping(&self, payload: Bytes) {
-        self.set_due(|due| due.pong = Some(payload));
+        self.turns.set_due(|due| due.pong = Some(payload));
         self.flush();
     }
 
     /// Makes a ping due, and sends it if that needs no waiting. Its pong tells how many bytes had been
     /// offered before it: [`mark_of`].
     pub fn ping(&self) {
-        self.set_due(|due| due.ping = true);
+        self.turns.set_due(|due| due.ping = true);
         self.flush();
     }
 
     /// Sends what is due, if that needs no waiting. When another thread is writing, it sends it.
-    fn flush(&self) -> Flushed {
-        while self.has_due.load(Ordering::SeqCst) {
-            let Some(mut turn) = self.try_turn() else {
-                return Flushed::Done;
-            };
-            if !is_ready(&self.socket, PollFlags::OUT) {
-                return Flushed::Full;
-            }
-            if self.send_due(&mut turn).is_err() {
-                return Flushed::Done;
-            }
-        }
-        Flushed::Done
+    fn flush(&self) {
+        self.turns
+            .flush(&*self.socket, |turn, due| self.send_due(turn, due));
     }
 
     /// What is due and found no room is sent as soon as there is some, unless bytes come first.
     fn flush_before_read(&self) {
-        while self.flush() == Flushed::Full {
-            let mut fds = [PollFd::new(&*self.socket, PollFlags::IN | PollFlags::OUT)];
-            if poll(&mut fds, None).is_err() || fds[0].revents() != PollFlags::OUT {
-                return;
-            }
-        }
-    }
-
-    fn set_due(&self, set: impl FnOnce(&mut Due)) {
-        set(&mut lock(&self.due));
-        self.has_due.store(true, Ordering::SeqCst);
-    }
-
-    fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
-        match self.turn.try_lock() {
-            Ok(turn) => Some(turn),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        self.turns
+            .flush_before_read(&*self.socket, |turn, due| self.send_due(turn, due));
     }
 
     fn end_turn(&self, turn: MutexGuard<'_, Turn>) -> io::Result<()> {
-        let mut turn = Some(turn);
-        while let Some(mut held) = turn {
-            if self.has_due.load(Ordering::SeqCst) {
-                self.send_due(&mut held)?;
-            }
-            drop(held);
-            turn = if self.has_due.load(Ordering::SeqCst) {
-                self.try_turn()
-            } else {
-                None
-            };
-        }
-        Ok(())
+        self.turns.end(turn, |turn, due| self.send_due(turn, due))
     }
 
-    fn send_due(&self, turn: &mut Turn) -> io::Result<()> {
-        self.has_due.store(false, Ordering::SeqCst);
-        let Due { pong, ping, close } = std::mem::take(&mut *lock(&self.due));
+    fn send_due(&self, turn: &mut Turn, Due { pong, ping, close }: Due) -> io::Result<()> {
         if turn.closed {
             return Ok(());
         }
@@ -242,13 +186,6 @@ impl ServerWriter {
 /// of ours.
 pub fn mark_of(pong: &[u8]) -> Option<u64> {
     pong.try_into().ok().map(u64::from_be_bytes)
-}
-
-/// Whether `socket` can be read from (`IN`) or written to (`OUT`) now. For writing, that needs a third of its
-/// buffer free, and a control frame is a few bytes.
-pub fn is_ready(socket: &Socket, how: PollFlags) -> bool {
-    let mut fds = [PollFd::new(socket, how)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Ends both directions of `socket` at once, for every thread that uses it.

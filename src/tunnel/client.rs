@@ -1,14 +1,10 @@
-//! The client's socket, as it is written to: whole frames under one lock, and a slot for what is due.
-//!
-//! Only outbound waits in a write here. Another thread with a frame to send puts it into the slot; whoever
-//! holds the lock sends it before unlocking, and looks once more after unlocking, so nothing stays behind.
+//! The client's socket, as it is written to, in turns. Only outbound waits in a write here.
 
 use std::io::{self, Write};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, MutexGuard};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
@@ -18,7 +14,7 @@ use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
 use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader};
 
 use super::state::State;
-use crate::lock::lock;
+use super::turns::{Turns, is_ready};
 
 /// The most payload bytes in a message to the client: the smallest default read limit among the clients
 /// people use (32 KiB in coder/websocket).
@@ -38,9 +34,7 @@ const PING_TAG: &[u8; 8] = b"tunneld:";
 pub struct ClientWriter {
     stream: Arc<TcpStream>,
     state: Arc<State>,
-    turn: Mutex<Turn>,
-    due: Mutex<Due>,
-    has_due: AtomicBool,
+    turns: Turns<Turn, Due>,
 }
 
 /// Held while a frame is written.
@@ -69,30 +63,19 @@ struct Due {
     close: Option<CloseFrame>,
 }
 
-/// What became of an attempt to send what is due without waiting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flushed {
-    /// Nothing is due any more, or its sender has it.
-    Done,
-    /// The socket takes nothing just now.
-    Full,
-}
-
 impl ClientWriter {
     /// The writer for `stream`.
     pub fn new(stream: Arc<TcpStream>, state: Arc<State>) -> ClientWriter {
         ClientWriter {
             stream,
             state,
-            turn: Mutex::default(),
-            due: Mutex::default(),
-            has_due: AtomicBool::new(false),
+            turns: Turns::default(),
         }
     }
 
     /// Lets nothing be sent until the returned guard is dropped.
     pub fn hold(&self) -> Held<'_> {
-        Held(lock(&self.turn))
+        Held(self.turns.take())
     }
 
     /// Sends a binary message: the payload is `buffer[HEADER_ROOM..]`, not empty and at most
@@ -147,7 +130,7 @@ impl ClientWriter {
         payload: usize,
         write: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        let turn = lock(&self.turn);
+        let turn = self.turns.take();
         if turn.closed {
             return Err(io::Error::new(
                 io::ErrorKind::BrokenPipe,
@@ -166,7 +149,7 @@ impl ClientWriter {
     /// When the client takes no more.
     pub fn send_close(&self, code: CloseCode, reason: &str) -> io::Result<()> {
         self.set_close(code, reason);
-        self.end_turn(lock(&self.turn))
+        self.end_turn(self.turns.take())
     }
 
     /// Makes a Close due, unless one is.
@@ -176,29 +159,26 @@ impl ClientWriter {
             code,
             reason: reason.into(),
         };
-        self.set_due(|due| due.close = due.close.take().or(Some(close)));
+        self.turns
+            .set_due(|due| due.close = due.close.take().or(Some(close)));
     }
 
     /// Makes a pong due, and sends it if that needs no waiting.
     pub fn answer_ping(&self, payload: Bytes) {
-        self.set_due(|due| due.pong = Some(payload));
+        self.turns.set_due(|due| due.pong = Some(payload));
         self.flush();
     }
 
     /// Sends what is due, if that needs no waiting. When another thread is writing, it sends it.
-    pub fn flush(&self) -> Flushed {
-        while self.has_due.load(Ordering::SeqCst) {
-            let Some(mut turn) = self.try_turn() else {
-                return Flushed::Done;
-            };
-            if !self.is_writable() {
-                return Flushed::Full;
-            }
-            if self.send_due(&mut turn).is_err() {
-                return Flushed::Done;
-            }
-        }
-        Flushed::Done
+    pub fn flush(&self) {
+        self.turns
+            .flush(&*self.stream, |turn, due| self.send_due(turn, due));
+    }
+
+    /// Sends what is due before a wait for the client: as soon as there is room, unless bytes come first.
+    pub fn flush_before_read(&self) {
+        self.turns
+            .flush_before_read(&*self.stream, |turn, due| self.send_due(turn, due));
     }
 
     /// Sends a ping, unless that would need waiting. `false` if it would: then bytes are on their way.
@@ -206,10 +186,10 @@ impl ClientWriter {
     /// # Errors
     /// When the client's connection failed.
     pub fn try_ping(&self) -> io::Result<bool> {
-        let Some(turn) = self.try_turn() else {
+        let Some(turn) = self.turns.try_take() else {
             return Ok(false);
         };
-        if turn.closed || !self.is_writable() {
+        if turn.closed || !is_ready(&*self.stream, PollFlags::OUT) {
             return Ok(false);
         }
         let payload = [&PING_TAG[..], &self.state.offered().to_be_bytes()].concat();
@@ -224,38 +204,11 @@ impl ClientWriter {
         mark.try_into().ok().map(u64::from_be_bytes)
     }
 
-    fn set_due(&self, set: impl FnOnce(&mut Due)) {
-        set(&mut lock(&self.due));
-        self.has_due.store(true, Ordering::SeqCst);
-    }
-
-    fn try_turn(&self) -> Option<MutexGuard<'_, Turn>> {
-        match self.turn.try_lock() {
-            Ok(turn) => Some(turn),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
     fn end_turn(&self, turn: MutexGuard<'_, Turn>) -> io::Result<()> {
-        let mut turn = Some(turn);
-        while let Some(mut held) = turn {
-            if self.has_due.load(Ordering::SeqCst) {
-                self.send_due(&mut held)?;
-            }
-            drop(held);
-            turn = if self.has_due.load(Ordering::SeqCst) {
-                self.try_turn()
-            } else {
-                None
-            };
-        }
-        Ok(())
+        self.turns.end(turn, |turn, due| self.send_due(turn, due))
     }
 
-    fn send_due(&self, turn: &mut Turn) -> io::Result<()> {
-        self.has_due.store(false, Ordering::SeqCst);
-        let Due { pong, close } = std::mem::take(&mut *lock(&self.due));
+    fn send_due(&self, turn: &mut Turn, Due { pong, close }: Due) -> io::Result<()> {
         if turn.closed {
             return Ok(());
         }
@@ -273,12 +226,6 @@ impl ClientWriter {
         let mut bytes = Vec::with_capacity(frame.len());
         frame.format(&mut bytes).map_err(io::Error::other)?;
         (&mut &*self.stream).write_all(&bytes)
-    }
-
-    /// A socket counts as writable with a third of its buffer free, and a control frame is a few bytes.
-    fn is_writable(&self) -> bool {
-        let mut fds = [PollFd::new(&*self.stream, PollFlags::OUT)];
-        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 }
 

@@ -7,13 +7,12 @@ use std::io::{self, IoSliceMut, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
 use tungstenite::error::ProtocolError;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Error, Message, WebSocket};
 
-use super::client::{ClientWriter, Flushed};
+use super::client::ClientWriter;
 use super::frames::{Frames, PIECE_HEADER};
 use super::state::{InboundEnd, State, Undelivered};
 use super::target::TargetSocket;
@@ -228,17 +227,7 @@ impl ClientReader<'_> {
         if std::mem::take(&mut self.ack_due) {
             super::acknowledge_at_once(self.stream);
         }
-        self.flush_pong();
-    }
-
-    /// A pong for which the socket had no room is sent as soon as it has, unless bytes come first.
-    fn flush_pong(&self) {
-        while self.writer.flush() == Flushed::Full {
-            let mut fds = [PollFd::new(self.stream, PollFlags::IN | PollFlags::OUT)];
-            if poll(&mut fds, None).is_err() || fds[0].revents() != PollFlags::OUT {
-                return;
-            }
-        }
+        self.writer.flush_before_read();
     }
 
     fn noted(&mut self, read: io::Result<usize>, room: usize) -> io::Result<usize> {

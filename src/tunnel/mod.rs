@@ -5,7 +5,7 @@
 //! outbound.rs   thread 2  target ─▶ WebSocket     the only one that waits in a write to the client
 //! keepalive.rs  thread 3  pings, and every deadline
 //! client.rs     the client's socket as it is written to      target.rs   the target's socket
-//! state.rs      what the threads know of each other
+//! state.rs      what the threads know of each other          turns.rs    who writes, and what is due
 //! ```
 //!
 //! A direction ends alone; a tunnel, when both have. "RST" is what the target gets when its socket is
@@ -37,6 +37,7 @@ pub mod keepalive;
 pub mod outbound;
 pub mod state;
 pub mod target;
+pub mod turns;
 
 use std::fmt;
 use std::io;
