@@ -1,6 +1,6 @@
 //! The gate: accepts connections, gives each a place and a thread, and lets them end at shutdown.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::net::{SendFlags, send};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit};
 use tiny_http::HTTPVersion;
 
+use crate::accept;
 use crate::config::Config;
 use crate::connection::{self, Context};
 use crate::connections::Connections;
@@ -39,9 +40,6 @@ const DESCRIPTORS_ELSE: u64 = 16;
 
 /// The most connections on their way out, without a place: those let go, and those being closed.
 const MAX_LEAVING: u64 = 128;
-
-/// How long nothing is accepted after the system refused to.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// After the grace: what tunnels get for their Close handshake, and for what comes behind it.
 const END_LIMIT: Duration = Duration::from_millis(CLOSE_LIMIT.as_millis() as u64 + 1000);
@@ -132,7 +130,7 @@ impl Gate {
                     self.admit(client, peer);
                     false
                 }
-                Err(error) if is_of_one_connection(&error) => false,
+                Err(error) if accept::is_of_one_connection(&error) => false,
                 Err(error) => {
                     FAILURES.log("failures to accept", || {
                         log::warn!("cannot accept a connection, trying again soon: {error}");
@@ -193,7 +191,7 @@ fn wait(listener: &TcpListener, shutdown: &Shutdown, pause: bool) -> bool {
         fds.push(PollFd::new(listener, PollFlags::IN));
     }
     let limit = if pause {
-        Timespec::try_from(ACCEPT_PAUSE).ok()
+        Timespec::try_from(accept::PAUSE).ok()
     } else {
         None
     };
@@ -206,15 +204,6 @@ fn wait(listener: &TcpListener, shutdown: &Shutdown, pause: bool) -> bool {
     !fds[0].revents().is_empty()
 }
 
-/// Errors that say something of one connection, not of the listener (accept(2)).
-fn is_of_one_connection(error: &io::Error) -> bool {
-    use ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
-    matches!(
-        error.kind(),
-        ConnectionAborted | ConnectionReset | Interrupted | WouldBlock
-    )
-}
-
 /// How many connections there may be, and how many more on their way out.
 struct Limits {
     connections: usize,
@@ -224,16 +213,7 @@ struct Limits {
 /// Raises the soft limit of descriptors to the hard one, and lowers `wanted` to what it allows: tiny_http
 /// must never run out of them.
 fn limits(wanted: usize) -> io::Result<Limits> {
-    let hard = getrlimit(Resource::Nofile).maximum;
-    if let Err(error) = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: hard,
-            maximum: hard,
-        },
-    ) {
-        log::debug!("cannot raise the limit of descriptors: {error}");
-    }
+    accept::raise_descriptors();
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let leaving = (descriptors / 16).clamp(2, MAX_LEAVING);
     let possible = descriptors.saturating_sub(DESCRIPTORS_ELSE + 2 * leaving) / DESCRIPTORS_EACH;

@@ -149,13 +149,10 @@ pub fn parse(bytes: &[u8]) -> Result<RequestHead, HeadError> {
     };
     let mut framing = Framing::default();
     let mut headers = String::with_capacity(bytes.len());
-    let mut connection = Vec::new();
     for header in &*parsed.headers {
         let value = std::str::from_utf8(header.value)
             .map_err(|_| malformed("a value that is not ASCII"))?;
-        if header.name.eq_ignore_ascii_case("Connection") {
-            connection.push(value.to_owned());
-        } else if framing.keeps(header.name, value)? {
+        if framing.keeps(header.name, value)? {
             headers.extend([header.name, ": ", value, "\r\n"]);
         }
     }
@@ -164,7 +161,7 @@ pub fn parse(bytes: &[u8]) -> Result<RequestHead, HeadError> {
         request_line,
         headers,
         has_body: framing.has_body()?,
-        connection,
+        connection: framing.connection,
     })
 }
 
@@ -179,12 +176,14 @@ impl RequestHead {
     }
 }
 
-/// The headers that say where a request ends (RFC 9112 §6), and the one that must be unique (§3.2).
+/// The headers that say where a request ends (RFC 9112 §6), the one that must be unique (§3.2), and those of the
+/// connection alone.
 #[derive(Default)]
 struct Framing {
     content_length: Option<u64>,
     transfer_encoding: bool,
     host: bool,
+    connection: Vec<String>,
 }
 
 impl Framing {
@@ -200,6 +199,10 @@ impl Framing {
             "host" => {
                 self.host = true;
                 Ok(true)
+            }
+            "connection" => {
+                self.connection.push(value.to_owned());
+                Ok(false)
             }
             "expect" | "te" | "trailer" => Ok(false),
             _ => Ok(true),

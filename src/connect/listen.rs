@@ -1,6 +1,6 @@
 //! The local port: each connection to it gets a tunnel of its own.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,20 +8,17 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::local::Local;
 use super::options::{Config, Token};
 use super::through;
+use crate::accept;
 use crate::config::NoConfig;
 use crate::log_limit::LogLimit;
 use crate::tunnel::target::TargetSocket;
 
 /// A connection's thread dials and shakes hands.
 const STACK: usize = 256 * 1024;
-
-/// How long nothing is accepted after the system refused to.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 static FAILURES: LogLimit = LogLimit::new(20);
 
@@ -40,7 +37,8 @@ pub fn serve(config: Config, address: SocketAddr) -> Result<ExitCode, NoConfig> 
         std::process::exit(0);
     })
     .map_err(|error| format!("cannot handle signals: {error}"))?;
-    raise_descriptors();
+    // Each connection needs three, and more while it dials. Without more of them it is refused later.
+    accept::raise_descriptors();
     if !address.ip().is_loopback() {
         warn_of_strangers(address, &config.token);
     }
@@ -55,18 +53,6 @@ fn warn_of_strangers(address: SocketAddr, token: &Token) {
         Token::Is(_) | Token::InFile(_) => " with your token",
     };
     log::warn!("everyone who can connect to {address} may use the tunnel{with}");
-}
-
-/// Each connection needs three descriptors, and more while it dials. Without more of them it is refused later.
-fn raise_descriptors() {
-    let hard = getrlimit(Resource::Nofile).maximum;
-    let limit = Rlimit {
-        current: hard,
-        maximum: hard,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        log::debug!("cannot raise the limit of descriptors: {error}");
-    }
 }
 
 fn accept_all(listener: &TcpListener, config: &Arc<Config>) {
@@ -85,12 +71,12 @@ fn accept_all(listener: &TcpListener, config: &Arc<Config>) {
                 });
             }
             Ok((client, peer)) => serve_one(client, peer, config, &places),
-            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) if accept::is_of_one_connection(&error) => {}
             Err(error) => {
                 FAILURES.log("failed connections", || {
                     log::warn!("cannot accept a connection, trying again soon: {error}");
                 });
-                thread::sleep(ACCEPT_PAUSE);
+                thread::sleep(accept::PAUSE);
             }
         }
     }
@@ -121,13 +107,4 @@ fn log_failure(peer: SocketAddr, sentence: &str) {
     FAILURES.log("failed connections", || {
         log::warn!("connection of {peer}: {sentence}");
     });
-}
-
-/// Errors that say something of one connection, not of the listener (accept(2)).
-fn is_of_one_connection(error: &io::Error) -> bool {
-    use ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
-    matches!(
-        error.kind(),
-        ConnectionAborted | ConnectionReset | Interrupted
-    )
 }
