@@ -188,12 +188,7 @@ impl Config {
             listen: arguments.listen,
             access: access.map(Arc::new),
             allow_origin: arguments.allow_origin,
-            policy: Policy {
-                allow: arguments.allow_target,
-                deny: with_variable(arguments.deny_target, DENY_VARIABLE)?,
-                search: std::fs::read_to_string("/etc/resolv.conf")
-                    .map_or_else(|_| Vec::new(), |text| search_list(&text)),
-            },
+            policy: policy(arguments.allow_target, arguments.deny_target)?,
             max_connections: arguments.max_connections,
             head_timeout: arguments.head_timeout,
             dial_timeout: arguments.dial_timeout,
@@ -210,6 +205,20 @@ impl Config {
 }
 
 const DENY_VARIABLE: &str = "TUNNELD_DENY_TARGET";
+
+/// The search list is of use to denials alone.
+fn policy(allow: Vec<Rule>, deny: Vec<Rule>) -> Result<Policy, String> {
+    let deny = with_variable(deny, DENY_VARIABLE)?;
+    let resolver = match deny[..] {
+        [] => String::new(),
+        _ => std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+    };
+    Ok(Policy {
+        allow,
+        deny,
+        search: search_list(&resolver),
+    })
+}
 
 /// What an image forbids, a command line must not allow by forbidding something else.
 fn with_variable(mut rules: Vec<Rule>, variable: &str) -> Result<Vec<Rule>, String> {
@@ -240,20 +249,35 @@ fn check_access(arguments: &Arguments, has_token: bool) -> Result<(), String> {
     Ok(())
 }
 
-fn access(file: Option<PathBuf>) -> Result<Option<Access>, String> {
-    let variable = std::env::var_os(TOKEN_VARIABLE);
-    match (file, variable) {
+/// Where the access token is.
+pub(crate) enum TokenSource {
+    File(PathBuf),
+    Variable(OsString),
+    Nowhere,
+}
+
+/// Looks for the access token, which must not be in two places.
+pub(crate) fn token_source(file: Option<PathBuf>) -> Result<TokenSource, String> {
+    match (file, std::env::var_os(TOKEN_VARIABLE)) {
         (Some(_), Some(_)) => Err(format!(
             "{TOKEN_VARIABLE} and --access-token-file are both set: remove one of them"
         )),
-        (Some(path), None) => Access::from_file(path).map(Some),
-        (None, Some(value)) => {
+        (Some(path), None) => Ok(TokenSource::File(path)),
+        (None, Some(value)) => Ok(TokenSource::Variable(value)),
+        (None, None) => Ok(TokenSource::Nowhere),
+    }
+}
+
+fn access(file: Option<PathBuf>) -> Result<Option<Access>, String> {
+    match token_source(file)? {
+        TokenSource::File(path) => Access::from_file(path).map(Some),
+        TokenSource::Variable(value) => {
             let value = value.into_string().unwrap_or_default();
             Tokens::parse(&value)
                 .map(|tokens| Some(Access::fixed(tokens)))
                 .map_err(|error| format!("{TOKEN_VARIABLE} {error}"))
         }
-        (None, None) => Ok(None),
+        TokenSource::Nowhere => Ok(None),
     }
 }
 

@@ -117,7 +117,7 @@ pub fn dial(target: &Target, policy: &Policy, deadline: Instant) -> Result<TcpSt
         return Err(DialError::Forbidden(Vec::new()));
     }
     let resolved = resolve(target, deadline)?;
-    let permitted = policy.permitted(target, resolved.clone());
+    let permitted = policy.permitted(target, &resolved);
     if permitted.is_empty() {
         let is_name = matches!(target.host, Host::Name(_));
         return Err(DialError::Forbidden(if is_name {

@@ -46,19 +46,16 @@ impl Policy {
     /// Whether `target` is forbidden whatever it resolves to. Then its name is not even looked up, as a name can
     /// carry data out to whoever answers for it.
     pub fn rules_out(&self, target: &Target) -> bool {
-        let names = self.completed(target);
-        let denied = self
-            .deny
-            .iter()
-            .any(|rule| rule.has_port(target) && names.iter().any(|name| rule.matches_name(name)));
+        let is_denied = |rule: &Rule| rule.has_port(target) && self.matches_completed(rule, target);
         let may_match = |rule: &Rule| {
             rule.has_port(target) && (rule.is_of_addresses() || rule.matches_name(name_of(target)))
         };
-        denied || !(self.allow.is_empty() || self.allow.iter().any(may_match))
+        self.deny.iter().any(is_denied)
+            || !(self.allow.is_empty() || self.allow.iter().any(may_match))
     }
 
     /// Those of a target's resolved addresses that may be dialed, in their order.
-    pub fn permitted(&self, target: &Target, addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    pub fn permitted(&self, target: &Target, addresses: &[SocketAddr]) -> Vec<SocketAddr> {
         if self.rules_out(target) {
             return Vec::new();
         }
@@ -75,19 +72,16 @@ impl Policy {
             let allowed = |rule| is_allowed(rule, canonical(address));
             !denied && (self.allow.is_empty() || self.allow.iter().any(allowed))
         };
-        addresses.into_iter().filter(is_permitted).collect()
+        addresses.iter().copied().filter(is_permitted).collect()
     }
 
-    /// The target's name, and what the resolver may make of it. A name with a dot at its end is complete.
-    fn completed(&self, target: &Target) -> Vec<String> {
-        let name = name_of(target).to_owned();
-        let is_complete = match &target.host {
-            Host::Name(name) => name.ends_with('.'),
-            Host::Localhost | Host::Address(_) => true,
-        };
-        let search = self.search.iter().filter(|_| !is_complete);
-        let longer: Vec<_> = search.map(|suffix| format!("{name}.{suffix}")).collect();
-        [vec![name], longer].concat()
+    /// Whether `rule` matches the target's name, or what the resolver may make of it. A name with a dot at its end
+    /// is complete.
+    fn matches_completed(&self, rule: &Rule, target: &Target) -> bool {
+        let name = name_of(target);
+        let is_short = matches!(&target.host, Host::Name(name) if !name.ends_with('.'));
+        let matches_longer = |suffix| rule.matches_name(&format!("{name}.{suffix}"));
+        rule.matches_name(name) || is_short && self.search.iter().any(matches_longer)
     }
 }
 
@@ -288,7 +282,7 @@ mod tests {
         let host = Host::parse(host).unwrap();
         let address = SocketAddr::new(address.parse().unwrap(), port);
         !policy
-            .permitted(&Target { host, port }, vec![address])
+            .permitted(&Target { host, port }, &[address])
             .is_empty()
     }
 
@@ -410,8 +404,8 @@ mod tests {
         let addresses = |host: &str| {
             let host = Host::parse(host).unwrap();
             let resolved = ["10.0.0.1:1", "10.0.0.2:1", "192.0.2.1:1"];
-            let resolved = resolved.map(|text| text.parse().unwrap()).to_vec();
-            policy.permitted(&Target { host, port: 1 }, resolved)
+            let resolved = resolved.map(|text| text.parse().unwrap());
+            policy.permitted(&Target { host, port: 1 }, &resolved)
         };
         assert_eq!(addresses("a.example").len(), 2);
         assert_eq!(addresses("elsewhere.test"), ["10.0.0.2:1".parse().unwrap()]);

@@ -12,8 +12,11 @@ use clap::Parser;
 use url::Url;
 
 use super::tls::Trust;
-use crate::config::{NoConfig, TOKEN_VARIABLE, at_least_one, duration, one_line, positive};
+use crate::config::{
+    NoConfig, TOKEN_VARIABLE, TokenSource, at_least_one, duration, one_line, positive, token_source,
+};
 use crate::dial::{Host, Target};
+use crate::http::auth;
 
 /// The path of a URL that has none.
 const DEFAULT_PATH: &str = "/tunnel";
@@ -246,11 +249,8 @@ fn address(url: &Url) -> Option<Target> {
 
 impl Token {
     fn find(file: Option<PathBuf>) -> Result<Token, String> {
-        match (file, std::env::var_os(TOKEN_VARIABLE)) {
-            (Some(_), Some(_)) => Err(format!(
-                "{TOKEN_VARIABLE} and --access-token-file are both set: remove one of them"
-            )),
-            (Some(path), None) => {
+        match token_source(file)? {
+            TokenSource::File(path) => {
                 // A pipe, such as the shell's <(...), can be read once.
                 let can_change = std::fs::metadata(&path).is_ok_and(|file| file.is_file());
                 let token = Token::InFile(path);
@@ -259,10 +259,10 @@ impl Token {
                     _ => Ok(token),
                 }
             }
-            (None, Some(value)) => first_line(&value.to_string_lossy())
+            TokenSource::Variable(value) => first_line(&value.to_string_lossy())
                 .map(Token::Is)
                 .map_err(|error| format!("{TOKEN_VARIABLE} {error}")),
-            (None, None) => Ok(Token::None),
+            TokenSource::Nowhere => Ok(Token::None),
         }
     }
 
@@ -295,17 +295,11 @@ fn read_bounded(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// The first line that is not blank. What can't stand in a header field (RFC 9110 §5.5) can't be sent.
+/// The first line that is not blank.
 fn first_line(text: &str) -> Result<String, &'static str> {
-    let mut lines = text.lines().map(str::trim);
-    let token = lines
-        .find(|line| !line.is_empty())
-        .ok_or("is empty: put a token into it or don't set it")?;
-    if token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        Ok(token.into())
-    } else {
-        Err("holds a token with characters other than visible ASCII")
-    }
+    let token = auth::lines(text).next().ok_or(auth::IS_EMPTY)?;
+    auth::check(token)?;
+    Ok(token.into())
 }
 
 impl fmt::Debug for Token {

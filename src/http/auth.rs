@@ -21,6 +21,26 @@ const SETTLED: Duration = Duration::from_secs(1);
 /// The longest token file, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
 
+/// The end of a sentence on a text without a token.
+pub(crate) const IS_EMPTY: &str = "is empty: put a token into it or don't set it";
+
+/// The tokens in a text: its lines, but for blank ones and the space around them.
+pub(crate) fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty())
+}
+
+/// What can't stand in a header field (RFC 9110 §5.5) can't be presented.
+///
+/// # Errors
+/// The end of a sentence.
+pub(crate) fn check(token: &str) -> Result<(), &'static str> {
+    if token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(())
+    } else {
+        Err("holds a token with characters other than visible ASCII")
+    }
+}
+
 /// The tokens any one of which opens the daemon. They can't be printed.
 #[derive(Clone)]
 pub struct Tokens(Vec<Box<[u8]>>);
@@ -31,18 +51,11 @@ impl Tokens {
     /// # Errors
     /// The end of a sentence that begins with where the text came from. It never shows the text.
     pub fn parse(text: &str) -> Result<Tokens, &'static str> {
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let tokens: Vec<Box<[u8]>> = lines.map(|line| line.as_bytes().into()).collect();
+        let tokens: Vec<Box<[u8]>> = lines(text).map(|line| line.as_bytes().into()).collect();
         if tokens.is_empty() {
-            return Err("is empty: put a token into it or don't set it");
+            return Err(IS_EMPTY);
         }
-        // What can't stand in a header field (RFC 9110 §5.5) could never be presented.
-        if !tokens
-            .iter()
-            .all(|token| token.iter().all(u8::is_ascii_graphic))
-        {
-            return Err("holds a token with characters other than visible ASCII");
-        }
+        lines(text).try_for_each(check)?;
         Ok(Tokens(tokens))
     }
 
