@@ -1,7 +1,7 @@
 //! SIGTERM, SIGINT and SIGHUP.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -43,9 +43,7 @@ fn a_tunnel_that_ends_within_the_grace_ends_in_order() {
     let target = Target::echo();
     let mut client = Client::open(&daemon, target.port);
     daemon.signal(Signal::TERM);
-    within(LIMIT, "no new connections", || {
-        TcpStream::connect(daemon.address).is_err().then_some(())
-    });
+    no_new_connections(&daemon);
     client.send(b"last words");
     client.send_close(1000);
     assert_eq!(client.see_all(), (b"last words".to_vec(), CLOSE_1000));
@@ -66,44 +64,67 @@ fn a_second_signal_ends_it_at_once() {
     assert_eq!(daemon.exit().code(), Some(1));
 }
 
-/// Of 50 tunnels that move data when the signal comes, half end within the grace and lose nothing; the
-/// others get Close 1001 behind whole messages.
+/// Tunnels that move data when the signal comes may end by themselves, and lose nothing.
 #[test]
-fn under_load_tunnels_lose_nothing_within_the_grace_and_the_rest_get_close_1001() {
-    const TUNNELS: usize = 50;
-    let mut daemon = Daemon::start(&["--shutdown-grace", "3s"]);
-    let target = Target::echo();
-    let clients: Vec<_> = (0..TUNNELS)
-        .map(|_| Client::open(&daemon, target.port))
-        .collect();
+fn under_load_tunnels_that_end_within_the_grace_lose_nothing() {
+    let mut daemon = Daemon::start(&["--shutdown-grace", "300s"]);
     let signalled = Arc::new(AtomicBool::new(false));
-    let work = clients.into_iter().enumerate().map(|(n, client)| {
+    let work = under_load(&daemon, |client, n| {
         let signalled = Arc::clone(&signalled);
-        thread::spawn(move || {
-            if n % 2 == 0 {
-                ends_by_itself(client, n, &signalled)
-            } else {
-                goes_on(client, n)
-            }
-        })
+        move || echoes_until(&signalled, client, n)
     });
-    let work: Vec<_> = work.collect();
-    thread::sleep(Duration::from_millis(300));
     daemon.signal(Signal::TERM);
-    within(LIMIT, "no new connections", || {
-        TcpStream::connect(daemon.address).is_err().then_some(())
-    });
+    no_new_connections(&daemon);
     signalled.store(true, Ordering::SeqCst);
     for work in work {
         work.join().unwrap();
     }
     assert_eq!(daemon.exit().code(), Some(0));
-    daemon.logged(TUNNELS / 2, &["tunnel closed:", "closed in order"]);
-    daemon.logged(TUNNELS / 2, &["tunnel closed:", "shutting down"]);
+    daemon.logged(TUNNELS, &["tunnel closed:", "closed in order"]);
+}
+
+/// Tunnels that go on moving data get Close 1001 behind whole messages.
+#[test]
+fn under_load_tunnels_that_outlast_the_grace_get_close_1001() {
+    let mut daemon = Daemon::start(&["--shutdown-grace", "300ms"]);
+    let work = under_load(&daemon, |client, n| move || echoes_until_closed(client, n));
+    daemon.signal(Signal::TERM);
+    no_new_connections(&daemon);
+    for work in work {
+        work.join().unwrap();
+    }
+    assert_eq!(daemon.exit().code(), Some(0));
+    daemon.logged(TUNNELS, &["tunnel closed:", "shutting down"]);
+}
+
+const TUNNELS: usize = 25;
+
+/// So many tunnels to an echo, each used on a thread of its own for a while already.
+fn under_load<W: FnOnce() + Send + 'static>(
+    daemon: &Daemon,
+    work: impl Fn(Client, usize) -> W,
+) -> Vec<thread::JoinHandle<()>> {
+    let target = Target::echo();
+    let clients: Vec<_> = (0..TUNNELS)
+        .map(|_| Client::open(daemon, target.port))
+        .collect();
+    let threads = clients
+        .into_iter()
+        .enumerate()
+        .map(|(n, client)| thread::spawn(work(client, n)))
+        .collect();
+    thread::sleep(Duration::from_millis(300));
+    threads
+}
+
+fn no_new_connections(daemon: &Daemon) {
+    within(LIMIT, "no new connections", || {
+        TcpStream::connect(daemon.address).is_err().then_some(())
+    });
 }
 
 /// Echoes blocks until the signal has come, then closes and expects every byte.
-fn ends_by_itself(mut client: Client, n: usize, signalled: &AtomicBool) {
+fn echoes_until(signalled: &AtomicBool, mut client: Client, n: usize) {
     let block = Random::new(n as u64).bytes(50_000);
     let mut rounds = 0;
     while !signalled.load(Ordering::SeqCst) || rounds < 3 {
@@ -118,12 +139,12 @@ fn ends_by_itself(mut client: Client, n: usize, signalled: &AtomicBool) {
     assert_eq!(end, CLOSE_1000);
 }
 
-/// Echoes blocks until it is told to stop.
-fn goes_on(mut client: Client, n: usize) {
+/// Sends blocks, and sees them echoed, until it is told to stop.
+fn echoes_until_closed(mut client: Client, n: usize) {
     let block = Random::new(n as u64).bytes(20_000);
     let mut writer = client.clone_writer();
     let bytes = frame(0x82, &block);
-    thread::spawn(move || while writer.stream.write_all(&bytes).is_ok() {});
+    let writer = thread::spawn(move || while writer.stream.write_all(&bytes).is_ok() {});
     let (echoed, end) = client.see_all();
     assert!(
         echoed
@@ -131,6 +152,9 @@ fn goes_on(mut client: Client, n: usize) {
             .all(|chunk| block.starts_with(chunk))
     );
     assert!(matches!(end, Seen::Close(Some(1001), _)), "{end:?}");
+    // Unless the daemon was first.
+    let _ = client.stream.shutdown(Shutdown::Both);
+    writer.join().unwrap();
 }
 
 #[test]
