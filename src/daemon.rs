@@ -42,7 +42,7 @@ const DESCRIPTORS_ELSE: u64 = 16;
 const MAX_LEAVING: u64 = 128;
 
 /// After the grace: what tunnels get for their Close handshake, and for what comes behind it.
-const END_LIMIT: Duration = Duration::from_millis(CLOSE_LIMIT.as_millis() as u64 + 1000);
+const END_LIMIT: Duration = CLOSE_LIMIT.saturating_add(Duration::from_secs(1));
 
 /// Tells a running daemon to end. It may be asked from any thread, a signal handler's included.
 #[derive(Debug)]

@@ -14,9 +14,9 @@
 //!
 //! The other end is here too: [`connect`] is the client.
 //!
-//! [`accept`] is what every accept loop does, [`config`] holds every option, [`metrics`] counts, [`log_limit`] bounds the log, and [`notify`] tells a service
-//! manager when the daemon serves and when it stops. Only blocking sockets and threads are used; each wait has a
-//! limit or an owner that ends it.
+//! [`accept`] is what every accept loop does, [`config`] holds every option, [`metrics`] counts, [`log_limit`]
+//! bounds the log, and [`notify`] tells a service manager when the daemon serves and when it stops. Only blocking
+//! sockets and threads are used; each wait has a limit or an owner that ends it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

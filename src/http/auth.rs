@@ -51,11 +51,11 @@ impl Tokens {
     /// # Errors
     /// The end of a sentence that begins with where the text came from. It never shows the text.
     pub fn parse(text: &str) -> Result<Tokens, &'static str> {
-        let tokens: Vec<Box<[u8]>> = lines(text).map(|line| line.as_bytes().into()).collect();
+        let checked = lines(text).map(|line| check(line).map(|()| line.as_bytes().into()));
+        let tokens: Vec<_> = checked.collect::<Result<_, _>>()?;
         if tokens.is_empty() {
             return Err(IS_EMPTY);
         }
-        lines(text).try_for_each(check)?;
         Ok(Tokens(tokens))
     }
 
