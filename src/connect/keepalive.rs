@@ -2,18 +2,12 @@
 
 use std::time::Duration;
 
-use rustix::event::PollFlags;
-
 use super::options::Times;
 use super::relay::Relay;
-use crate::tunnel::turns::is_ready;
 
 /// How long a server with bytes before it may be silent. They lie ahead of the ping in its buffers for as
 /// long as the target takes none, but a tunneld pings meanwhile, every 30 s by default.
 const STALL: Duration = Duration::from_secs(300);
-
-/// How long the download gets to read what is there, when a deadline passed while the process stood still.
-const CATCH_UP: Duration = Duration::from_millis(100);
 
 /// Waits until both directions have ended in order, pinging meanwhile.
 ///
@@ -21,42 +15,34 @@ const CATCH_UP: Duration = Duration::from_millis(100);
 /// Why the connection is broken, or is to be given up, in a part of a sentence.
 pub fn watch(relay: &Relay, times: Times) -> Result<(), String> {
     let mut next_ping = times.ping_interval;
+    // Begins when an end is seen, so that it can't be over before a wait for that, which would tell that the
+    // process stood still.
+    let mut lingers_since = None;
     let mut ends = relay.ends();
     loop {
         if let Some(outcome) = ends.outcome() {
             return outcome;
         }
         let now = relay.state.age();
-        let look_again = match ends.first {
-            Some(first) => linger(relay, times, first, now, !ends.download)?,
-            None => {
-                if now >= next_ping {
-                    next_ping = now + times.ping_interval;
-                    relay.writer.ping();
-                }
-                judge(relay, times, now)?
-                    .unwrap_or(next_ping)
-                    .min(next_ping)
+        let look_again = if ends.has_one() {
+            linger(relay, times, *lingers_since.get_or_insert(now), now)?
+        } else {
+            if now >= next_ping {
+                next_ping = now + times.ping_interval;
+                relay.writer.ping();
             }
+            let due = judge(relay, times, now)?;
+            due.unwrap_or(next_ping).min(next_ping)
         };
         ends = relay.wait(ends, look_again);
     }
 }
 
 /// One direction has ended; the other goes on while bytes move. Returns when to look again.
-fn linger(
-    relay: &Relay,
-    times: Times,
-    first: Duration,
-    now: Duration,
-    is_reading: bool,
-) -> Result<Duration, String> {
-    let deadline = first.max(relay.state.last_moved()) + times.linger;
+fn linger(relay: &Relay, times: Times, since: Duration, now: Duration) -> Result<Duration, String> {
+    let deadline = since.max(relay.state.last_moved()) + times.linger;
     if now < deadline {
         return Ok(deadline);
-    }
-    if is_reading && !relay.state.is_parked() && is_ready(&*relay.socket, PollFlags::IN) {
-        return Ok(now + CATCH_UP);
     }
     Err(format!(
         "nothing moved for {:?} after one direction had ended (see --linger)",
@@ -79,9 +65,6 @@ fn judge(relay: &Relay, times: Times, now: Duration) -> Result<Option<Duration>,
     let due = state.last_life() + patience;
     if now < due {
         return Ok(Some(due));
-    }
-    if is_ready(&*relay.socket, PollFlags::IN) {
-        return Ok(Some(now + CATCH_UP));
     }
     Err(format!(
         "the server gave no sign of life for {patience:?}, nor answered a ping"

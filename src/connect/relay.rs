@@ -9,7 +9,7 @@
 //! cut off does not look finished.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -51,16 +51,18 @@ pub struct Relay {
 #[derive(Debug, Default)]
 pub struct Ends {
     upload: bool,
-    /// The server sends nothing more.
-    pub download: bool,
+    download: bool,
     /// Why the server took less than the local side had to send. The download learns what is behind it.
     unsent: Option<String>,
     broken: Option<String>,
-    /// When the first direction ended.
-    pub first: Option<Duration>,
 }
 
 impl Ends {
+    /// Whether a direction has ended.
+    pub fn has_one(&self) -> bool {
+        self.upload || self.download
+    }
+
     /// How the connection ended, once it has.
     pub fn outcome(&self) -> Option<Result<(), String>> {
         match (&self.broken, &self.unsent) {
@@ -116,11 +118,7 @@ impl Relay {
 
     /// Waits for a change, at most until the connection is `until` old.
     pub fn wait<'a>(&self, ends: MutexGuard<'a, Ends>, until: Duration) -> MutexGuard<'a, Ends> {
-        let limit = until.saturating_sub(self.state.age());
-        self.changed
-            .wait_timeout(ends, limit)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
+        self.state.wait_on(&self.changed, ends, until)
     }
 
     /// Starts a direction, whose failure breaks the connection.
@@ -147,7 +145,6 @@ impl Relay {
     fn note_end(&self, note: impl FnOnce(&mut Ends)) {
         let mut ends = self.ends();
         note(&mut ends);
-        ends.first.get_or_insert(self.state.age());
         drop(ends);
         self.changed.notify_all();
     }

@@ -148,11 +148,29 @@ impl State {
 
     /// Waits for a change, at most until the tunnel is `until` old.
     pub fn wait<'a>(&self, ends: MutexGuard<'a, Ends>, until: Duration) -> MutexGuard<'a, Ends> {
+        self.wait_on(&self.changed, ends, until)
+    }
+
+    /// The same for a change of another value. One that wakes too late tells that the process stood still, in a
+    /// frozen container for example: what came meanwhile has not been read yet, so nothing can be held
+    /// against the other side.
+    pub fn wait_on<'a, T>(
+        &self,
+        changed: &Condvar,
+        value: MutexGuard<'a, T>,
+        until: Duration,
+    ) -> MutexGuard<'a, T> {
+        /// What a busy machine may add to a wait.
+        const LATE: Duration = Duration::from_millis(20);
         let limit = until.saturating_sub(self.age());
-        self.changed
-            .wait_timeout(ends, limit)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
+        let (value, _) = changed
+            .wait_timeout(value, limit)
+            .unwrap_or_else(PoisonError::into_inner);
+        if self.age().saturating_sub(until) > LATE {
+            self.note_heard();
+            self.note_moved();
+        }
+        value
     }
 
     /// Waits until both directions have ended.
@@ -168,6 +186,10 @@ impl State {
         self.heard.store(self.now(), Ordering::Relaxed);
     }
 
+    fn note_moved(&self) {
+        self.moved.store(self.now(), Ordering::Relaxed);
+    }
+
     /// Inbound is about to wait for the target: nothing can be heard from the client.
     pub fn park(&self) {
         self.parked.store(true, Ordering::SeqCst);
@@ -176,7 +198,7 @@ impl State {
     /// Inbound has given `bytes` to the target.
     pub fn note_delivered(&self, bytes: usize) {
         self.up.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.moved.store(self.now(), Ordering::Relaxed);
+        self.note_moved();
     }
 
     /// Inbound listens to the client again; until now it could hear nothing.

@@ -241,7 +241,7 @@ fn what_is_on_stdin_goes_on_after_the_end_of_the_target() {
 fn a_client_that_was_stopped_for_longer_than_the_linger_loses_nothing() {
     let daemon = Daemon::start(&[]);
     let target = Target::listen();
-    let mut client = Connect::to(&daemon, target.port, &["--linger", "300ms"]);
+    let mut client = Connect::to(&daemon, target.port, &["--linger", "1s"]);
     let mut stream = target.accept();
     drop(client.stdin());
     assert_eq!(read_to_end(&mut stream), (Vec::new(), true));
@@ -249,7 +249,7 @@ fn a_client_that_was_stopped_for_longer_than_the_linger_loses_nothing() {
     stream.write_all(&[7; 60_000]).unwrap();
     drop(stream);
     daemon.logged(1, &["tunnel closed", "closed in order"]);
-    thread::sleep(Duration::from_millis(400));
+    thread::sleep(Duration::from_millis(1200));
     client.signal(Signal::CONT);
     assert_eq!(client.rest(), [7; 60_000]);
     assert_eq!(client.ended(), (0, String::new()));

@@ -6,6 +6,8 @@ use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use crate::support::*;
 
 /// How often each row is run.
@@ -532,6 +534,29 @@ fn a_target_that_never_ends_is_let_go() {
             || !read_to_end(&mut server).1
     );
     daemon.logged(1, &["tunnel closed:", "linger"]);
+}
+
+#[test]
+fn a_daemon_that_stood_still_relays_first_and_lets_go_then() {
+    let daemon = Daemon::start(&["--linger", "1s"]);
+    let target = Target::listen();
+    let mut tunnels: Vec<_> = (0..10)
+        .map(|_| (Client::open(&daemon, target.port), target.accept()))
+        .collect();
+    for (client, server) in &mut tunnels {
+        client.send_close(1000);
+        assert_eq!(read_to_end(server), (vec![], true));
+    }
+    daemon.signal(Signal::STOP);
+    for (_, server) in &mut tunnels {
+        server.write_all(&[7; 60_000]).unwrap();
+        server.shutdown(Shutdown::Write).unwrap();
+    }
+    thread::sleep(Duration::from_millis(1200));
+    daemon.signal(Signal::CONT);
+    for (client, _) in &mut tunnels {
+        assert_eq!(client.see_all(), (vec![7; 60_000], CLOSE_1000));
+    }
 }
 
 #[test]

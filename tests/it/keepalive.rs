@@ -4,6 +4,8 @@ use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use crate::support::*;
 
 const HASTY: [&str; 4] = ["--ping-interval", "200ms", "--ping-timeout", "200ms"];
@@ -40,6 +42,30 @@ fn an_idle_client_that_does_not_answer_is_gone_after_the_ping_timeout() {
     assert!(matches!(client.see(), Seen::Ping(_)));
     let end = std::iter::repeat_with(|| client.see()).find(|seen| !matches!(seen, Seen::Ping(_)));
     assert!(matches!(end, Some(Seen::Eof | Seen::Reset)));
+}
+
+/// As by a container that is frozen, or a machine that is suspended: what came meanwhile counts.
+#[test]
+fn a_daemon_that_stood_still_hears_first_and_judges_then() {
+    let daemon = Daemon::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]);
+    let target = Target::echo();
+    let mut clients: Vec<_> = (0..10)
+        .map(|_| Client::open(&daemon, target.port))
+        .collect();
+    let pings: Vec<_> = clients.iter_mut().map(Client::see).collect();
+    daemon.signal(Signal::STOP);
+    for (client, ping) in clients.iter_mut().zip(pings) {
+        let Seen::Ping(payload) = ping else {
+            panic!("{ping:?} instead of a ping")
+        };
+        client.send_frame(0x8a, &payload);
+    }
+    thread::sleep(Duration::from_millis(1500));
+    daemon.signal(Signal::CONT);
+    for client in &mut clients {
+        client.send(b"x");
+        assert_eq!(client.see_all_of(1), b"x");
+    }
 }
 
 #[test]
