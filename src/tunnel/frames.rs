@@ -1,44 +1,104 @@
-//! The client's frames, cut into short ones before tungstenite sees them.
+//! The client's frames: bytes of data frames as they arrive, and tungstenite's judgement of the rest.
 //!
-//! tungstenite keeps a message in memory until its last byte is there, and takes a frame's length at its
-//! word. A tunnel has no use for messages: its bytes go on as they arrive. So this `Read` hands a data frame
-//! on as several final binary frames, each no longer than what has come of it, with the mask turned to where
-//! the piece begins. tungstenite stays the judge: every control frame, and every frame that can't be right,
-//! goes through as it came.
+//! tungstenite keeps a message in memory until its last byte is there, and a tunnel has no use for messages. So the
+//! payload of a sound data frame goes past it, unmasked where it lies. Control frames go to tungstenite as they
+//! come; and of a data frame that can't be right, the header, for it to say what is wrong.
 
-use std::io::{self, Cursor, IoSliceMut, Read};
+use std::io::{self, Cursor, Read, Write};
+use std::ops::Range;
 
 use tungstenite::protocol::frame::FrameHeader;
 use tungstenite::protocol::frame::coding::{Data, OpCode};
+use tungstenite::protocol::{Role, WebSocketConfig};
+use tungstenite::{Error, Message, WebSocket};
 
-/// A long piece's header: two bytes, a 64-bit length, the mask (RFC 6455 §5.2). The other forms of the
-/// length aren't used, so that the header's place is known before the piece's length is.
-pub const PIECE_HEADER: usize = 14;
+/// The longest header: two bytes, a 64-bit length, the mask (RFC 6455 §5.2).
+const MAX_HEADER: usize = 14;
 
-/// A short piece's header, with the length in the second byte, for when tungstenite's buffer is nearly full.
-const SHORT_HEADER: usize = 6;
+/// The most payload in a frame that tungstenite gets to see (RFC 6455 §5.5).
+const MAX_CONTROL: usize = 125;
 
-/// The most bytes in a short piece.
-const SHORT_PIECE: usize = 125;
+/// How much tungstenite reads at a time; it zeroes its buffer before.
+const CONTROL_BUFFER: usize = 256;
 
-/// An empty masked text frame: enough for tungstenite to report a text message, whatever its length.
-const EMPTY_TEXT: &[u8] = &[0x81, 0x80, 0, 0, 0, 0];
+/// The most bytes that are moved so that what lies around a header can go on in one send.
+const WORTH_MOVING: usize = 16 * 1024;
 
 /// An empty masked binary frame that isn't final: with it ahead, tungstenite sees a new message begin
 /// inside another.
 const UNFINISHED_BINARY: &[u8] = &[0x02, 0x80, 0, 0, 0, 0];
 
-/// A `Read` of WebSocket bytes in which no data frame is longer than a read.
+/// The frames that come from an `R`. Nothing is ever written: what tungstenite would answer by itself goes nowhere.
 #[derive(Debug)]
-pub struct Frames<R> {
+pub struct Frames<R>(WebSocket<Input<R>>);
+
+/// What came.
+#[derive(Debug)]
+pub enum Incoming<'a> {
+    /// Bytes of binary messages, at least one.
+    Bytes(&'a [u8]),
+    /// A ping, a pong or a Close; or a text message, without its text.
+    Message(Message),
+}
+
+impl<R: Read> Frames<R> {
+    /// Frames read from `inner`, at most `room` bytes at a time, with the bytes of `early` before them.
+    pub fn new(inner: R, early: Vec<u8>, room: usize) -> Frames<R> {
+        let input = Input {
+            inner,
+            end: early.len(),
+            ahead: early,
+            at: 0,
+            room: room.max(MAX_HEADER),
+            was_full: false,
+            in_message: false,
+            next: Next::Header,
+        };
+        let config = WebSocketConfig::default()
+            .read_buffer_size(CONTROL_BUFFER)
+            .write_buffer_size(0)
+            .max_frame_size(Some(MAX_CONTROL));
+        Frames(WebSocket::from_raw_socket(
+            input,
+            Role::Server,
+            Some(config),
+        ))
+    }
+
+    /// Waits for what comes next. The bytes of all data frames that are here already come together.
+    ///
+    /// # Errors
+    /// tungstenite's, and those of reading from `inner`. Nothing can come after one, but for a read's timeout.
+    pub fn receive(&mut self) -> Result<Incoming<'_>, Error> {
+        let payload = self.0.get_mut().payload()?;
+        if payload.is_empty() {
+            return self.0.read().map(Incoming::Message);
+        }
+        Ok(Incoming::Bytes(&self.0.get_ref().ahead[payload]))
+    }
+
+    /// Whether the last read brought all it asked for, so that more may be there.
+    pub fn was_full(&self) -> bool {
+        self.0.get_ref().was_full
+    }
+
+    /// Changes how much is read at a time. The memory follows before the next read.
+    pub fn set_room(&mut self, room: usize) {
+        let input = self.0.get_mut();
+        input.room = room.max(MAX_HEADER);
+        input.was_full = false;
+    }
+}
+
+/// The bytes, as tungstenite reads those that are for it.
+#[derive(Debug)]
+struct Input<R> {
     inner: R,
     /// Bytes read but not handed on: `ahead[at..end]`.
     ahead: Vec<u8>,
     at: usize,
     end: usize,
-    /// How many bytes a read of the socket asks for, where a frame doesn't end before.
     room: usize,
-    /// The last read of the socket brought all it asked for.
     was_full: bool,
     /// Whether a fragmented message is open (RFC 6455 §5.4).
     in_message: bool,
@@ -49,102 +109,86 @@ pub struct Frames<R> {
 enum Next {
     /// A frame's header.
     Header,
-    /// The rest of a data frame, to be handed on in pieces.
+    /// The rest of a data frame's payload.
     Payload { left: u64, mask: [u8; 4] },
-    /// The rest of a frame that goes through as it came.
-    Through { left: u64 },
-    /// Bytes of our own, and then everything as it came: tungstenite will find the fault.
-    Fault { first: &'static [u8] },
+    /// The rest of a control frame, for tungstenite.
+    Control { left: u64 },
+    /// For tungstenite: a fault in short, and then everything as it came.
+    Fault(Cursor<Vec<u8>>),
 }
 
-impl<R: Read> Frames<R> {
-    /// Frames read from `inner`, about `room` bytes at a time, with the bytes of `early` before them.
-    pub fn new(inner: R, early: Vec<u8>, room: usize) -> Frames<R> {
-        let end = early.len();
-        Frames {
-            inner,
-            ahead: early,
-            at: 0,
-            end,
-            room,
-            was_full: false,
-            in_message: false,
-            next: Next::Header,
-        }
-    }
-
-    /// Changes how much is read at a time, and gives back memory that needs no longer be held.
-    pub fn set_room(&mut self, room: usize) {
-        self.room = room;
-        self.was_full = false;
-        self.ahead = self.buffered().to_vec();
-        (self.at, self.end) = (0, self.ahead.len());
-    }
-
-    /// Whether the last read of the socket brought all it asked for, so that more may be there.
-    pub fn was_full(&self) -> bool {
-        self.was_full
-    }
-
-    /// Whether all that was handed on are whole frames.
-    pub fn is_between_frames(&self) -> bool {
-        !matches!(self.next, Next::Through { left: 1.. } | Next::Fault { .. })
-    }
-
-    /// Whether the next message, or piece of one, is here already, so that it can be read without waiting.
-    pub fn has_more(&self) -> bool {
-        let buffered = self.buffered().len() as u64;
-        match self.next {
-            Next::Payload { left: 0, .. } | Next::Through { left: 0 } | Next::Header => {}
-            Next::Payload { .. } => return buffered > 0,
-            Next::Through { left } => return buffered >= left,
-            Next::Fault { .. } => return false,
-        }
-        let mut cursor = Cursor::new(self.buffered());
-        match FrameHeader::parse(&mut cursor) {
-            // An empty data frame brings no message, and a faulty one may need more bytes to be one.
-            Ok(Some((header, payload))) if matches!(header.opcode, OpCode::Data(_)) => {
-                payload > 0 && buffered > cursor.position() && is_sound(&header, payload)
+impl<R: Read> Input<R> {
+    /// Takes the payload that is here, or waits for some. None if what comes next is for tungstenite, as is the end.
+    fn payload(&mut self) -> io::Result<Range<usize>> {
+        loop {
+            let payload = self.buffered_payload();
+            let is_waiting = matches!(self.next, Next::Header | Next::Payload { .. });
+            if !payload.is_empty() || !is_waiting || !self.fill()? {
+                return Ok(payload);
             }
-            Ok(Some((_, payload))) => buffered - cursor.position() >= payload,
-            Ok(None) | Err(_) => false,
         }
     }
 
-    fn buffered(&self) -> &[u8] {
-        &self.ahead[self.at..self.end]
+    fn buffered_payload(&mut self) -> Range<usize> {
+        let mut payload = self.at..self.at;
+        loop {
+            match self.next {
+                Next::Payload { left: 0, .. } | Next::Control { left: 0 } => {
+                    self.next = Next::Header;
+                }
+                Next::Header => {
+                    if !self.take_header() {
+                        return payload;
+                    }
+                }
+                Next::Payload { left, mask } if self.at < self.end => {
+                    let piece = self.buffered(left);
+                    if payload.len().min(piece.len()) > WORTH_MOVING {
+                        return payload;
+                    }
+                    self.at = piece.end;
+                    self.next = Next::Payload {
+                        left: left - piece.len() as u64,
+                        mask: unmask(&mut self.ahead[piece.clone()], mask),
+                    };
+                    payload = join(&mut self.ahead, payload, piece);
+                }
+                _ => return payload,
+            }
+        }
     }
 
-    /// Makes room for `wanted` bytes behind the buffered ones.
-    fn make_room(&mut self, wanted: usize) {
+    /// At most `limit` of the bytes that are here.
+    fn buffered(&self, limit: u64) -> Range<usize> {
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        self.at..self.end.min(self.at.saturating_add(limit))
+    }
+
+    /// Reads more, behind the part of a header that may be here. `false` at the end of the stream.
+    fn fill(&mut self) -> io::Result<bool> {
         self.ahead.copy_within(self.at..self.end, 0);
         (self.at, self.end) = (0, self.end - self.at);
-        if self.ahead.len() < self.end + wanted {
-            self.ahead.resize(self.end + wanted, 0);
+        if self.ahead.len() != self.room {
+            self.ahead.resize(self.room, 0);
+            self.ahead.shrink_to_fit();
         }
+        let place = &mut self.ahead[self.end..];
+        let count = self.inner.read(place)?;
+        self.was_full = count == place.len();
+        self.end += count;
+        Ok(count > 0)
     }
 
-    /// Reads more into the buffer, behind what is in it. `false` at the end of the stream.
-    fn fill(&mut self) -> io::Result<bool> {
-        self.make_room(self.room);
-        let read = self
-            .inner
-            .read(&mut self.ahead[self.end..self.end + self.room])?;
-        self.was_full = read == self.room;
-        self.end += read;
-        Ok(read > 0)
-    }
-
-    /// Takes the next header off the buffer and decides what becomes of its frame. `false` if it isn't
-    /// whole yet.
+    /// Looks at the next header and decides what becomes of its frame. `false` if it isn't whole yet. The header of a
+    /// sound data frame is taken, others stay for tungstenite.
     fn take_header(&mut self) -> bool {
-        let mut cursor = Cursor::new(self.buffered());
+        let mut cursor = Cursor::new(&self.ahead[self.at..self.end]);
         let parsed = FrameHeader::parse(&mut cursor);
         let length = cursor.position();
         self.next = match parsed {
             Ok(None) => return false,
-            Err(_) => Next::Fault { first: &[] },
-            Ok(Some((header, payload))) => self.judge(&header, length, payload),
+            Err(_) => Next::Fault(Cursor::default()),
+            Ok(Some((header, payload))) => self.judge(header, length, payload),
         };
         if let Next::Payload { .. } = self.next {
             self.at += length as usize;
@@ -152,165 +196,126 @@ impl<R: Read> Frames<R> {
         true
     }
 
-    fn judge(&mut self, header: &FrameHeader, length: u64, payload: u64) -> Next {
-        let Some(mask) = header.mask.filter(|_| is_sound(header, payload)) else {
-            return Next::Fault { first: &[] };
-        };
-        match header.opcode {
-            OpCode::Control(_) => Next::Through {
-                left: length + payload,
+    fn judge(&mut self, header: FrameHeader, length: u64, payload: u64) -> Next {
+        let is_plain = !(header.rsv1 || header.rsv2 || header.rsv3);
+        match (header.opcode, header.mask) {
+            (OpCode::Control(_), _) => Next::Control {
+                left: length.saturating_add(payload),
             },
-            OpCode::Data(Data::Continue) if !self.in_message => Next::Fault { first: &[] },
-            OpCode::Data(Data::Binary | Data::Text) if self.in_message => Next::Fault {
-                first: UNFINISHED_BINARY,
-            },
-            OpCode::Data(Data::Binary | Data::Continue) => {
+            // RFC 6455 §5.2: the most significant bit must be 0.
+            _ if payload > i64::MAX as u64 => Next::Fault(Cursor::default()),
+            (OpCode::Data(opcode), Some(mask)) if is_plain && opcode == self.opcode_of_data() => {
                 self.in_message = !header.is_final;
                 Next::Payload {
                     left: payload,
                     mask,
                 }
             }
-            OpCode::Data(Data::Text) => Next::Fault { first: EMPTY_TEXT },
-            OpCode::Data(Data::Reserved(_)) => Next::Fault { first: &[] },
+            _ => Next::Fault(Cursor::new(self.fault(header))),
         }
     }
 
-    fn read_through(&mut self, buffer: &mut [u8], limit: u64) -> io::Result<usize> {
-        if self.buffered().is_empty() && !self.fill()? {
+    /// What a data frame must be now (RFC 6455 §5.4).
+    fn opcode_of_data(&self) -> Data {
+        if self.in_message {
+            Data::Continue
+        } else {
+            Data::Binary
+        }
+    }
+
+    /// The frame without its payload, for which tungstenite would wait. A text message is to be a whole one.
+    fn fault(&self, mut header: FrameHeader) -> Vec<u8> {
+        header.is_final |= header.opcode == OpCode::Data(Data::Text);
+        let mut fault = Vec::new();
+        if self.in_message {
+            fault.extend(UNFINISHED_BINARY);
+        }
+        // Writing to memory doesn't fail; without the header, tungstenite would wait for it until the end.
+        let _ = header.format(0, &mut fault);
+        fault
+    }
+
+    fn read_buffered(&mut self, buffer: &mut [u8], limit: u64) -> io::Result<usize> {
+        if self.at == self.end && !self.fill()? {
             return Ok(0);
         }
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let count = limit.min(buffer.len()).min(self.buffered().len());
-        buffer[..count].copy_from_slice(&self.ahead[self.at..self.at + count]);
-        self.at += count;
-        Ok(count)
-    }
-
-    /// Hands a piece on: read straight into its place when nothing is buffered, with what lies behind the
-    /// frame going into the buffer.
-    fn read_piece(&mut self, buffer: &mut [u8], left: u64, mask: [u8; 4]) -> io::Result<usize> {
-        let is_short = buffer.len() < SHORT_HEADER + SHORT_PIECE;
-        let (header, place) =
-            buffer.split_at_mut(if is_short { SHORT_HEADER } else { PIECE_HEADER });
-        let room = usize::try_from(left).unwrap_or(usize::MAX).min(place.len());
-        let count = if self.buffered().is_empty() {
-            self.read_payload(&mut place[..room], left)?
-        } else {
-            self.read_through(&mut place[..room], left)?
-        };
-        if count == 0 {
-            return Ok(0);
-        }
-        if is_short {
-            header[..2].copy_from_slice(&[0x82, 0x80 | count as u8]);
-        } else {
-            header[..2].copy_from_slice(&[0x82, 0xff]);
-            header[2..10].copy_from_slice(&(count as u64).to_be_bytes());
-        }
-        let length = header.len();
-        header[length - 4..].copy_from_slice(&mask);
-        let mut mask = mask;
-        mask.rotate_left(count % 4);
-        self.next = match left - count as u64 {
-            0 => Next::Header,
-            left => Next::Payload { left, mask },
-        };
-        Ok(length + count)
-    }
-
-    /// Where the frame ends in this read, the next frame's header at least comes along.
-    fn read_payload(&mut self, place: &mut [u8], left: u64) -> io::Result<usize> {
-        let room = place.len();
-        if left > room as u64 {
-            let count = self.inner.read(place)?;
-            self.was_full = count == room;
-            return Ok(count);
-        }
-        let behind = self.room.saturating_sub(room).max(PIECE_HEADER);
-        self.make_room(behind);
-        let ahead = &mut self.ahead[..behind];
-        let count = self
-            .inner
-            .read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(ahead)])?;
-        self.was_full = count == room + behind;
-        self.end = count.saturating_sub(room);
-        Ok(count.min(room))
+        let piece = self.buffered(limit.min(buffer.len() as u64));
+        self.at = piece.end;
+        buffer[..piece.len()].copy_from_slice(&self.ahead[piece.clone()]);
+        Ok(piece.len())
     }
 }
 
-/// Whether a frame's header may stand alone: masked, without reserved bits, its length below 2^63.
-fn is_sound(header: &FrameHeader, payload: u64) -> bool {
-    let reserved = header.rsv1 || header.rsv2 || header.rsv3;
-    header.mask.is_some() && !reserved && payload <= i64::MAX as u64
-}
-
-impl<R: Read> Read for Frames<R> {
-    /// Reads into `buffer`, which must hold at least 14 bytes; tungstenite's always does when it expects a
-    /// frame (its own longest header).
+impl<R: Read> Read for Input<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match self.next {
-                Next::Header => {
-                    if !self.take_header() && !self.fill()? {
-                        return Ok(0);
-                    }
-                }
-                Next::Payload { left: 0, .. } | Next::Through { left: 0 } => {
-                    self.next = Next::Header
-                }
-                Next::Payload { left, mask } => return self.read_piece(buffer, left, mask),
-                Next::Through { left } => {
-                    let count = self.read_through(buffer, left)?;
-                    self.next = Next::Through {
-                        left: left - count as u64,
-                    };
-                    return Ok(count);
-                }
-                Next::Fault { first: [] } => return self.read_through(buffer, u64::MAX),
-                Next::Fault { first } => {
-                    let count = first.len().min(buffer.len());
-                    buffer[..count].copy_from_slice(&first[..count]);
-                    self.next = Next::Fault {
-                        first: &first[count..],
-                    };
-                    return Ok(count);
-                }
+        match &mut self.next {
+            Next::Control { left: left @ 1.. } => {
+                let limit = *left;
+                let count = self.read_buffered(buffer, limit)?;
+                self.next = Next::Control {
+                    left: limit - count as u64,
+                };
+                Ok(count)
             }
+            Next::Fault(fault) => match fault.read(buffer)? {
+                0 => self.read_buffered(buffer, u64::MAX),
+                count => Ok(count),
+            },
+            // There is nothing for tungstenite, and `Frames` lets it read only at the end.
+            _ => Ok(0),
         }
+    }
+}
+
+impl<R> Write for Input<R> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Takes the mask off `payload` (RFC 6455 §5.3). Returns the mask for what follows it.
+fn unmask(payload: &mut [u8], mut mask: [u8; 4]) -> [u8; 4] {
+    let count = payload.len();
+    let (words, rest) = payload.as_chunks_mut::<4>();
+    for word in words {
+        *word = (u32::from_ne_bytes(*word) ^ u32::from_ne_bytes(mask)).to_ne_bytes();
+    }
+    for (byte, mask) in rest.iter_mut().zip(mask) {
+        *byte ^= mask;
+    }
+    mask.rotate_left(count % 4);
+    mask
+}
+
+/// Closes the gap between two pieces by moving the shorter one.
+fn join(bytes: &mut [u8], first: Range<usize>, second: Range<usize>) -> Range<usize> {
+    if first.len() < second.len() {
+        let start = second.start - first.len();
+        bytes.copy_within(first, start);
+        start..second.end
+    } else {
+        let end = first.end + second.len();
+        bytes.copy_within(second, first.end);
+        first.start..end
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tungstenite::protocol::{Role, WebSocketConfig};
-    use tungstenite::{Message, WebSocket};
 
-    /// Reads at most `step` bytes at a time, and takes what is written to it.
+    /// Reads at most so many bytes at a time.
     struct Trickle<R>(R, usize);
 
     impl<R: Read> Read for Trickle<R> {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
             let limit = buffer.len().min(self.1);
             self.0.read(&mut buffer[..limit])
-        }
-    }
-
-    struct Sink<R>(R);
-
-    impl<R: Read> Read for Sink<R> {
-        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            self.0.read(buffer)
-        }
-    }
-
-    impl<R> io::Write for Sink<R> {
-        fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-            Ok(buffer.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
         }
     }
 
@@ -332,31 +337,23 @@ mod tests {
         frame
     }
 
-    /// Every message tungstenite makes of `bytes`, and the error that ends it.
-    fn decode(bytes: &[u8], early: usize, step: usize, buffer: usize) -> (Vec<Message>, String) {
-        let config = WebSocketConfig::default()
-            .read_buffer_size(buffer)
-            .max_frame_size(Some(64 * 1024));
-        let frames = Frames::new(
-            Trickle(&bytes[early..], step),
-            bytes[..early].to_vec(),
-            buffer,
-        );
-        let mut socket = WebSocket::from_raw_socket(Sink(frames), Role::Server, Some(config));
-        let mut messages = Vec::new();
+    /// The payload bytes in `wire`, the other messages, and the error that ends it.
+    fn decode(
+        wire: &[u8],
+        early: usize,
+        step: usize,
+        room: usize,
+    ) -> (Vec<u8>, Vec<Message>, String) {
+        let rest = Trickle(&wire[early..], step);
+        let mut frames = Frames::new(rest, wire[..early].to_vec(), room);
+        let (mut bytes, mut messages) = (Vec::new(), Vec::new());
         loop {
-            match socket.read() {
-                Ok(message) => messages.push(message),
-                Err(error) => return (messages, error.to_string()),
+            match frames.receive() {
+                Ok(Incoming::Bytes(payload)) => bytes.extend(payload),
+                Ok(Incoming::Message(message)) => messages.push(message),
+                Err(error) => return (bytes, messages, error.to_string()),
             }
         }
-    }
-
-    fn bytes_of(messages: &[Message]) -> Vec<u8> {
-        let binary = messages.iter().filter(|message| message.is_binary());
-        binary
-            .flat_map(|message| message.clone().into_data())
-            .collect()
     }
 
     #[test]
@@ -373,20 +370,19 @@ mod tests {
             frame(0x88, &[]),
         ]
         .concat();
-        for (early, step, buffer) in [
+        for (early, step, room) in [
             (0, 1, 64),
             (0, 7, 14),
             (wire.len(), 1, 1000),
             (5, 4096, 4096),
             (9, 1 << 20, 32768),
         ] {
-            let (messages, _) = decode(&wire, early, step, buffer);
-            assert!(
-                bytes_of(&messages) == data,
-                "early {early} step {step} buffer {buffer}"
+            let (bytes, messages, _) = decode(&wire, early, step, room);
+            assert!(bytes == data, "early {early} step {step} room {room}");
+            assert_eq!(
+                messages,
+                [Message::Ping("ping".into()), Message::Close(None)]
             );
-            assert!(messages.contains(&Message::Ping("ping".into())));
-            assert_eq!(messages.last(), Some(&Message::Close(None)));
         }
     }
 
@@ -394,8 +390,8 @@ mod tests {
     fn a_piece_goes_on_before_the_frame_is_whole() {
         let mut begun = frame(0x82, &[7; 1000]);
         begun.truncate(8 + 10);
-        let (messages, error) = decode(&begun, 0, 1 << 20, 4096);
-        assert_eq!(bytes_of(&messages), [7; 10]);
+        let (bytes, _, error) = decode(&begun, 0, 1 << 20, 4096);
+        assert_eq!(bytes, [7; 10]);
         assert!(error.contains("without closing handshake"), "{error}");
     }
 
@@ -408,7 +404,7 @@ mod tests {
             &[0; 9],
         ]
         .concat();
-        assert_eq!(bytes_of(&decode(&huge, 0, 1 << 20, 4096).0), [0; 9]);
+        assert_eq!(decode(&huge, 0, 1 << 20, 4096).0, [0; 9]);
     }
 
     #[test]
@@ -438,7 +434,7 @@ mod tests {
                 [frame(0x02, b"x"), frame(0x81, b"y")].concat(),
                 "fragment",
             ),
-            ("long control frame", frame(0x89, &[0; 126]), "too big"),
+            ("long control frame", frame(0x89, &[0; 126]), "too long"),
             (
                 "endless control frame",
                 [&[0x89, 0xff][..], &(1u64 << 40).to_be_bytes(), &[0; 9]].concat(),
@@ -457,8 +453,11 @@ mod tests {
         ] {
             let wire = [wire, close.clone()].concat();
             for step in [1, 1 << 20] {
-                let (messages, error) = decode(&wire, 0, step, 4096);
-                assert!(error.contains(fault), "{name}: {error} {messages:?}");
+                let (bytes, messages, error) = decode(&wire, 0, step, 4096);
+                assert!(
+                    error.contains(fault),
+                    "{name}: {error} {bytes:?} {messages:?}"
+                );
             }
         }
     }
@@ -469,7 +468,7 @@ mod tests {
             frame(0x81, "x".repeat(100_000).as_bytes()),
             frame(0x01, b"\xff"),
         ] {
-            assert!(decode(&wire, 0, 1 << 20, 4096).0[0].is_text());
+            assert!(decode(&wire, 0, 1 << 20, 4096).1[0].is_text());
         }
     }
 }

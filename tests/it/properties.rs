@@ -1,19 +1,18 @@
 //! What holds for every input of what parses: the request head, the parameters and handshake headers, and
 //! the frame path of inbound. `PROPTEST_CASES` sets how many inputs each property gets.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tiny_http::{HTTPVersion, Header, Method};
-use tungstenite::protocol::{Role, WebSocketConfig};
-use tungstenite::{Message, WebSocket};
+use tungstenite::Message;
 
 use tunneld::dial::{Host, Target};
 use tunneld::http::Request;
 use tunneld::http::routes::{Passed, Rules, route};
 use tunneld::request_head::{RequestHead, Scanner, parse};
-use tunneld::tunnel::frames::Frames;
+use tunneld::tunnel::frames::{Frames, Incoming};
 
 use crate::support::frame;
 
@@ -177,7 +176,7 @@ proptest! {
 
 // Frames
 
-/// A stream that is read in pieces of at most so many bytes, and whose writes go nowhere.
+/// A stream that is read in pieces of at most so many bytes.
 struct Pieces<R>(R, usize);
 
 impl<R: Read> Read for Pieces<R> {
@@ -187,35 +186,15 @@ impl<R: Read> Read for Pieces<R> {
     }
 }
 
-impl<R> Write for Pieces<R> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        Ok(buffer.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// What inbound makes of `wire`: the bytes, the other messages, and the error at the end.
-fn decoded(
-    wire: &[u8],
-    early: usize,
-    step: usize,
-    buffer: usize,
-) -> (Vec<u8>, Vec<Message>, String) {
+fn decoded(wire: &[u8], early: usize, step: usize, room: usize) -> (Vec<u8>, Vec<Message>, String) {
     let early = early.min(wire.len());
-    let frames = Frames::new(Pieces(&wire[early..], step), wire[..early].to_vec(), buffer);
-    let config = WebSocketConfig::default()
-        .read_buffer_size(buffer)
-        .max_frame_size(Some(64 * 1024));
-    let mut socket =
-        WebSocket::from_raw_socket(Pieces(frames, usize::MAX), Role::Server, Some(config));
+    let mut frames = Frames::new(Pieces(&wire[early..], step), wire[..early].to_vec(), room);
     let (mut bytes, mut others) = (Vec::new(), Vec::new());
     loop {
-        match socket.read() {
-            Ok(Message::Binary(payload)) => bytes.extend(payload),
-            Ok(message) => others.push(message),
+        match frames.receive() {
+            Ok(Incoming::Bytes(payload)) => bytes.extend(payload),
+            Ok(Incoming::Message(message)) => others.push(message),
             Err(error) => return (bytes, others, error.to_string()),
         }
     }
@@ -237,7 +216,7 @@ proptest! {
     #[test]
     fn bytes_come_out_as_they_went_in(
         messages in vec((vec(payload(), 1..4), any::<bool>()), 0..6),
-        early in 0usize..300, step in 1usize..5000, buffer in 14usize..40_000,
+        early in 0usize..300, step in prop_oneof![1usize..5000, Just(usize::MAX)], room in 14usize..200_000,
     ) {
         let (mut wire, mut bytes, mut pings) = (Vec::new(), Vec::<u8>::new(), 0);
         for (fragments, ping) in &messages {
@@ -252,7 +231,7 @@ proptest! {
                 }
             }
         }
-        let (out, others, error) = decoded(&wire, early, step, buffer);
+        let (out, others, error) = decoded(&wire, early, step, room);
         prop_assert!(out == bytes, "{} of {} bytes", out.len(), bytes.len());
         prop_assert_eq!(others, vec![Message::Ping("ping".into()); pings]);
         prop_assert!(error.contains("without closing handshake"), "{}", error);
@@ -262,10 +241,10 @@ proptest! {
     #[test]
     fn any_bytes_are_judged_alike_however_they_arrive(
         wire in vec(prop_oneof![2 => any::<u8>(), 1 => prop::sample::select(vec![0x82, 0x02, 0x00, 0x80, 0x88, 0x89, 0xfe, 0xff])], 0..400),
-        early in 0usize..300, step in 1usize..50, buffer in 14usize..2000,
+        early in 0usize..300, step in 1usize..50, room in 14usize..2000,
     ) {
         let whole = decoded(&wire, 0, usize::MAX, 4096);
-        let pieces = decoded(&wire, early, step, buffer);
+        let pieces = decoded(&wire, early, step, room);
         prop_assert_eq!(whole, pieces);
     }
 }
