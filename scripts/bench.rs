@@ -869,7 +869,7 @@ fn plan() -> Plan {
 }
 
 /// tunneld, and HAProxy if it is there, with more and more tunnels.
-fn scale_table(title: &str, servers: &[Server]) -> Result<()> {
+fn scale_table(title: &str, servers: &[Server], runs: usize) -> Result<()> {
     let compared = || {
         servers
             .iter()
@@ -884,8 +884,10 @@ fn scale_table(title: &str, servers: &[Server]) -> Result<()> {
     for count in [1, 10, 100, 1000, 2000] {
         print!("| {count} |");
         for server in compared() {
-            let (up, down) = scale(server, count, 1 << 30)?;
-            print!(" {up:.2} | {down:.2} |");
+            let costs = (0..runs).map(|_| scale(server, count, 1 << 30));
+            let (mut up, mut down): (Vec<_>, Vec<_>) =
+                costs.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            print!(" {:.2} | {:.2} |", median(&mut up), median(&mut down));
         }
         println!();
     }
@@ -922,7 +924,7 @@ fn main() -> Result<()> {
             .as_deref()
             .is_none_or(|only| scaling.contains(only))
     {
-        scale_table(scaling, &servers)?;
+        scale_table(scaling, &servers, plan.runs)?;
     }
     Ok(())
 }

@@ -68,7 +68,8 @@ impl<R: Read> Frames<R> {
     /// Waits for what comes next. The bytes of all data frames that are here already come together.
     ///
     /// # Errors
-    /// tungstenite's, and those of reading from `inner`. Nothing can come after one, but for a read's timeout.
+    /// tungstenite's, and those of reading from `inner`. After one, but for a read's timeout, nothing can come, as
+    /// after a Close or a text message.
     pub fn receive(&mut self) -> Result<Incoming<'_>, Error> {
         let payload = self.0.get_mut().payload()?;
         if payload.is_empty() {

@@ -1,7 +1,7 @@
 //! A tunnel: three threads between two sockets, and how it ends.
 //!
 //! ```text
-//! inbound.rs    thread 1  WebSocket ─▶ target     through frames.rs, which cuts long frames into short ones
+//! inbound.rs    thread 1  WebSocket ─▶ target     through frames.rs, which finds the bytes in the frames
 //! outbound.rs   thread 2  target ─▶ WebSocket     the only one that waits in a write to the client
 //! keepalive.rs  thread 3  pings, and every deadline
 //! client.rs     the client's socket as it is written to      target.rs   the target's socket
