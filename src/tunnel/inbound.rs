@@ -137,20 +137,14 @@ struct ClientReader<'a> {
     state: &'a State,
 }
 
-impl ClientReader<'_> {
-    /// What is due to the client before waiting for it: an acknowledgement, now that the bytes have gone on, and
-    /// a pong.
-    fn before_read(&mut self) {
+impl Read for ClientReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // What is due to the client before waiting for it: an acknowledgement, now that the bytes have gone on,
+        // and a pong.
         if std::mem::take(&mut self.ack_due) {
             super::acknowledge_at_once(self.stream);
         }
         self.writer.flush_before_read();
-    }
-}
-
-impl Read for ClientReader<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.before_read();
         loop {
             match (&mut &*self.stream).read(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -6,6 +6,7 @@ mod command_line;
 mod connect;
 mod connect_tls;
 mod ends;
+mod frames;
 mod gate;
 mod hostile;
 mod keepalive;

@@ -1,8 +1,6 @@
 //! What holds for every input of what parses: the request head, the parameters and handshake headers, and
 //! the frame path of inbound. `PROPTEST_CASES` sets how many inputs each property gets.
 
-use std::io::{self, Read};
-
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tiny_http::{HTTPVersion, Header, Method};
@@ -12,8 +10,8 @@ use tunneld::dial::{Host, Target};
 use tunneld::http::Request;
 use tunneld::http::routes::{Passed, Rules, route};
 use tunneld::request_head::{RequestHead, Scanner, parse};
-use tunneld::tunnel::frames::{Frames, Incoming};
 
+use crate::frames::decoded;
 use crate::support::frame;
 
 fn cases(count: u32) -> ProptestConfig {
@@ -175,30 +173,6 @@ proptest! {
 }
 
 // Frames
-
-/// A stream that is read in pieces of at most so many bytes.
-struct Pieces<R>(R, usize);
-
-impl<R: Read> Read for Pieces<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let limit = buffer.len().min(self.1);
-        self.0.read(&mut buffer[..limit])
-    }
-}
-
-/// What inbound makes of `wire`: the bytes, the other messages, and the error at the end.
-fn decoded(wire: &[u8], early: usize, step: usize, room: usize) -> (Vec<u8>, Vec<Message>, String) {
-    let early = early.min(wire.len());
-    let mut frames = Frames::new(Pieces(&wire[early..], step), wire[..early].to_vec(), room);
-    let (mut bytes, mut others) = (Vec::new(), Vec::new());
-    loop {
-        match frames.receive() {
-            Ok(Incoming::Bytes(payload)) => bytes.extend(payload),
-            Ok(Incoming::Message(message)) => others.push(message),
-            Err(error) => return (bytes, others, error.to_string()),
-        }
-    }
-}
 
 fn payload() -> impl Strategy<Value = Vec<u8>> {
     let size = prop_oneof![4 => 0usize..200, 1 => 60_000usize..70_000];
