@@ -25,34 +25,69 @@ const TICKS: f64 = 100.0;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Tunneld,
+    /// The same, asked for CONNECT-TCP.
+    TunneldCapsules,
     Haproxy,
     Websocat,
     Websockify,
+    /// The client's local port, with a tunneld behind it that isn't counted.
+    Connect,
+    /// The same with --protocol connect-tcp.
+    ConnectCapsules,
+    /// The same of websocat.
+    WebsocatClient,
 }
 
 impl Kind {
     fn name(self) -> &'static str {
         match self {
             Kind::Tunneld => "tunneld",
+            Kind::TunneldCapsules => "tunneld, CONNECT-TCP",
             Kind::Haproxy => "HAProxy, plain TCP relay",
             Kind::Websocat => "websocat 1.14",
             Kind::Websockify => "websockify",
+            Kind::Connect => "tunneld connect",
+            Kind::ConnectCapsules => "the same, CONNECT-TCP",
+            Kind::WebsocatClient => "websocat 1.14 at both ends",
         }
     }
 
-    /// Whether clients speak WebSocket to it.
-    fn is_websocket(self) -> bool {
-        self != Kind::Haproxy
+    /// What clients speak to it.
+    fn framing(self) -> Framing {
+        match self {
+            Kind::Tunneld | Kind::Websocat | Kind::Websockify => Framing::WebSocket,
+            Kind::TunneldCapsules => Framing::Capsules,
+            _ => Framing::None,
+        }
     }
 
-    fn command(self, port: u16, target: u16) -> Result<Command> {
+    /// Whether it is ours.
+    fn is_ours(self) -> bool {
+        matches!(
+            self,
+            Kind::Tunneld | Kind::TunneldCapsules | Kind::Connect | Kind::ConnectCapsules
+        )
+    }
+
+    /// Whose local port it is.
+    fn server(self) -> Option<Kind> {
+        match self {
+            Kind::Connect => Some(Kind::Tunneld),
+            Kind::ConnectCapsules => Some(Kind::TunneldCapsules),
+            Kind::WebsocatClient => Some(Kind::Websocat),
+            _ => None,
+        }
+    }
+
+    /// What serves `port`. For a client, `target` is its server's port, which leads to `end`.
+    fn command(self, port: u16, target: u16, end: u16) -> Result<Command> {
+        let program =
+            || std::env::var_os("TUNNELD").unwrap_or_else(|| "target/release/tunneld".into());
         let (listen, dial) = (format!("127.0.0.1:{port}"), format!("127.0.0.1:{target}"));
         let mut command;
         match self {
-            Kind::Tunneld => {
-                command = Command::new(
-                    std::env::var_os("TUNNELD").unwrap_or_else(|| "target/release/tunneld".into()),
-                );
+            Kind::Tunneld | Kind::TunneldCapsules => {
+                command = Command::new(program());
                 command
                     .args(["--listen", &listen, "--max-connections", "4000"])
                     .env("RUST_LOG", "warn");
@@ -79,6 +114,33 @@ impl Kind {
                 command = Command::new("target/venv/bin/websockify");
                 command.args([&listen, &dial]);
             }
+            Kind::Connect | Kind::ConnectCapsules => {
+                command = Command::new(program());
+                let capsules = self == Kind::ConnectCapsules;
+                let protocol: &[&str] = if capsules {
+                    &["--protocol", "connect-tcp"]
+                } else {
+                    &[]
+                };
+                command
+                    .args([
+                        "connect",
+                        &format!("ws://{dial}"),
+                        "--port",
+                        &end.to_string(),
+                    ])
+                    .args(["--listen", &listen, "--max-connections", "4000"])
+                    .args(protocol)
+                    .env("RUST_LOG", "error");
+            }
+            Kind::WebsocatClient => {
+                command = Command::new("target/tools/bin/websocat");
+                command.args([
+                    "--binary",
+                    &format!("tcp-l:{listen}"),
+                    &format!("ws://{dial}"),
+                ]);
+            }
         }
         Ok(command)
     }
@@ -90,12 +152,19 @@ struct Server {
     child: Child,
     port: u16,
     target: u16,
+    /// A client's server.
+    _behind: Option<Box<Server>>,
 }
 
 impl Server {
     fn start(kind: Kind, target: u16) -> Result<Server> {
         let port = free_port()?;
-        let mut command = kind.command(port, target)?;
+        let behind = kind
+            .server()
+            .map(|server| Server::start(server, target))
+            .transpose()?;
+        let next = behind.as_ref().map_or(target, |server| server.port);
+        let mut command = kind.command(port, next, target)?;
         command
             .process_group(0)
             .stdin(Stdio::null())
@@ -106,6 +175,7 @@ impl Server {
             child: command.spawn()?,
             port,
             target,
+            _behind: behind.map(Box::new),
         };
         let deadline = Instant::now() + Duration::from_secs(10);
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
@@ -162,7 +232,7 @@ impl Server {
     }
 
     fn connect(&self) -> Result<Tunnel> {
-        Tunnel::open(self.port, self.target, self.kind.is_websocket())
+        Tunnel::open(self.port, self.target, self.kind.framing())
     }
 }
 
@@ -181,10 +251,41 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
+/// What a client puts its bytes in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Framing {
+    None,
+    WebSocket,
+    Capsules,
+}
+
+impl Framing {
+    /// The headers that ask for it.
+    fn upgrade(self) -> &'static str {
+        match self {
+            Framing::None => "",
+            Framing::WebSocket => {
+                "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                 Sec-WebSocket-Protocol: binary\r\n"
+            }
+            Framing::Capsules => "Upgrade: connect-tcp-12\r\nCapsule-Protocol: ?1\r\n",
+        }
+    }
+
+    /// What ends a direction in order.
+    fn end(self) -> &'static [u8] {
+        match self {
+            Framing::None => b"",
+            Framing::WebSocket => &[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8],
+            Framing::Capsules => &[0xa0, 0x28, 0xd7, 0xf3, 0],
+        }
+    }
+}
+
 /// The client's end of a tunnel: bytes in, bytes out, framed where the server speaks WebSocket.
 struct Tunnel {
     stream: TcpStream,
-    framed: bool,
+    framing: Framing,
     /// Payload bytes left of the frame being read.
     left: u64,
     buffer: Vec<u8>,
@@ -195,15 +296,15 @@ struct Tunnel {
 const MASK: [u8; 4] = [0x12, 0x34, 0x56, 0x78];
 
 impl Tunnel {
-    fn open(port: u16, target: u16, framed: bool) -> Result<Tunnel> {
+    fn open(port: u16, target: u16, framing: Framing) -> Result<Tunnel> {
         let mut stream = TcpStream::connect(("127.0.0.1", port))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        if framed {
+        if framing != Framing::None {
+            let upgrade = framing.upgrade();
             write!(
                 stream,
-                "GET /tunnel?port={target} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-                 Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: binary\r\n\r\n"
+                "GET /tunnel?port={target} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n{upgrade}\r\n"
             )?;
             let mut head = Vec::new();
             while !head.ends_with(b"\r\n\r\n") {
@@ -217,7 +318,7 @@ impl Tunnel {
         }
         Ok(Tunnel {
             stream,
-            framed,
+            framing,
             left: 0,
             buffer: vec![0; 256 * 1024],
             at: 0,
@@ -226,8 +327,13 @@ impl Tunnel {
     }
 
     fn message(&self, payload: &[u8]) -> Vec<u8> {
-        if !self.framed {
-            return payload.to_vec();
+        match self.framing {
+            Framing::None => return payload.to_vec(),
+            Framing::Capsules => {
+                let length = (0x8000_0000 | payload.len() as u32).to_be_bytes();
+                return [&[0xa0, 0x28, 0xd7, 0xf2][..], &length, payload].concat();
+            }
+            Framing::WebSocket => {}
         }
         let mut frame = vec![0x82];
         match payload.len() {
@@ -269,10 +375,25 @@ impl Tunnel {
         Ok(self.buffer[self.at - 1])
     }
 
+    /// RFC 9000 §16.
+    fn integer(&mut self) -> Result<u64> {
+        let first = self.byte()?;
+        let mut value = u64::from(first & 0x3f);
+        for _ in 1..1 << (first >> 6) {
+            value = value << 8 | u64::from(self.byte()?);
+        }
+        Ok(value)
+    }
+
     /// Receives `count` payload bytes and drops them.
     fn receive(&mut self, mut count: u64) -> Result<()> {
         while count > 0 {
-            if self.framed && self.left == 0 {
+            if self.framing == Framing::Capsules && self.left == 0 {
+                self.integer()?;
+                self.left = self.integer()?;
+                continue;
+            }
+            if self.framing == Framing::WebSocket && self.left == 0 {
                 let opcode = self.byte()? & 0x0f;
                 self.left = match self.byte()? {
                     126 => (0..2).try_fold(0, |n, _| {
@@ -301,9 +422,11 @@ impl Tunnel {
                 self.fill()?;
             }
             let available = (self.end - self.at) as u64;
-            let taken = count
-                .min(available)
-                .min(if self.framed { self.left } else { u64::MAX });
+            let left = match self.framing {
+                Framing::None => u64::MAX,
+                _ => self.left,
+            };
+            let taken = count.min(available).min(left);
             self.at += taken as usize;
             self.left = self.left.saturating_sub(taken);
             count -= taken;
@@ -472,11 +595,7 @@ fn handshake(server: &Server) -> Result<f64> {
     let start = Instant::now();
     let mut tunnel = server.connect()?;
     let time = start.elapsed().as_secs_f64() * 1e3;
-    if tunnel.framed {
-        tunnel
-            .stream
-            .write_all(&[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8])?;
-    }
+    tunnel.stream.write_all(server.kind.framing().end())?;
     tunnel.stream.shutdown(Shutdown::Write)?;
     let _ = tunnel.stream.read(&mut [0; 64]);
     Ok(time)
@@ -627,6 +746,24 @@ struct Plan {
     quick: bool,
 }
 
+impl Plan {
+    /// The same for clients, with HAProxy beside them.
+    fn of_clients(&self) -> Plan {
+        let client = |&kind: &Kind| match kind {
+            Kind::Tunneld => Some(Kind::Connect),
+            Kind::TunneldCapsules => Some(Kind::ConnectCapsules),
+            Kind::Websocat => Some(Kind::WebsocatClient),
+            Kind::Haproxy => Some(Kind::Haproxy),
+            _ => None,
+        };
+        Plan {
+            kinds: self.kinds.iter().filter_map(client).collect(),
+            only: self.only.clone(),
+            ..*self
+        }
+    }
+}
+
 /// Measures `what` on all servers in turns, `runs` times, and takes the median of each.
 fn in_turns(
     plan: &Plan,
@@ -757,13 +894,49 @@ fn latency_rows(plan: &Plan, servers: &[Server]) -> Vec<Row> {
     ]
 }
 
+/// The client, with its server behind it. CPU is the client's alone; the rest is through both ends.
+fn client_rows(plan: &Plan, servers: &[Server]) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (way, name) in [(Way::Up, "up"), (Way::Down, "down")] {
+        let cpu = |server: &Server| bulk(server, way, plan.total, 64 * 1024).map(|(cpu, _)| cpu);
+        let what = format!("client: CPU s/GiB, {name}");
+        rows.push(in_turns(plan, servers, &what, 2, cpu));
+        let rate = |server: &Server| {
+            bulk(server, way, plan.total, 64 * 1024).map(|(_, wall)| 1024.0 / wall)
+        };
+        let what = format!("both ends: MiB/s, {name}");
+        rows.push(in_turns(plan, servers, &what, 0, rate));
+    }
+    let (trips, shakes) = if plan.quick {
+        (3000, 400)
+    } else {
+        (10_000, 2000)
+    };
+    let trip = |server: &Server| Ok(percentile(&mut round_trips(server, trips)?, 50));
+    let what = "both ends: round trip of 64 bytes, p50, µs";
+    rows.push(in_turns(plan, servers, what, 0, trip));
+    let what = "both ends: connections a second, 4 at a time";
+    let rate = |server: &Server| Ok(handshakes(server, shakes, 4)?.1);
+    rows.push(in_turns(plan, servers, what, 0, rate));
+    rows
+}
+
 fn table(plan: &Plan, rows: &[Row]) -> Result<String> {
     let mut text = String::from("| |");
     for kind in &plan.kinds {
         write!(text, " {} |", kind.name())?;
     }
-    writeln!(text, " tunneld : HAProxy |")?;
-    writeln!(text, "| --- |{}", " ---: |".repeat(plan.kinds.len() + 1))?;
+    let ours: Vec<Kind> = plan
+        .kinds
+        .iter()
+        .copied()
+        .filter(|kind| kind.is_ours())
+        .collect();
+    for kind in &ours {
+        write!(text, " {} : HAProxy |", kind.name())?;
+    }
+    let columns = plan.kinds.len() + ours.len();
+    writeln!(text, "\n| --- |{}", " ---: |".repeat(columns))?;
     let of = |row: &Row, kind| {
         plan.kinds
             .iter()
@@ -778,10 +951,13 @@ fn table(plan: &Plan, rows: &[Row]) -> Result<String> {
                 None => write!(text, " – |")?,
             }
         }
-        match (of(row, Kind::Tunneld), of(row, Kind::Haproxy)) {
-            (Some(ours), Some(theirs)) => writeln!(text, " {:.2} |", ours / theirs)?,
-            _ => writeln!(text, " |")?,
+        for &kind in &ours {
+            match (of(row, kind), of(row, Kind::Haproxy)) {
+                (Some(ours), Some(theirs)) => write!(text, " {:.2} |", ours / theirs)?,
+                _ => write!(text, " |")?,
+            }
         }
+        writeln!(text)?;
     }
     Ok(text)
 }
@@ -813,7 +989,7 @@ fn memory_rows(plan: &Plan, servers: &[Server]) -> Vec<Row> {
         _ => Err("not measured".into()),
     };
     let nagle = |server: &Server| match server.kind {
-        Kind::Haproxy => Err("speaks no WebSocket".into()),
+        Kind::Haproxy | Kind::TunneldCapsules => Err("speaks no WebSocket".into()),
         _ => write_write_read(server, 100),
     };
     vec![
@@ -854,7 +1030,7 @@ fn plan() -> Plan {
     let only = std::env::args()
         .skip_while(|argument| argument != "--only")
         .nth(1);
-    let mut kinds = vec![Kind::Tunneld];
+    let mut kinds = vec![Kind::Tunneld, Kind::TunneldCapsules];
     kinds.extend(is_installed("haproxy").then_some(Kind::Haproxy));
     kinds.extend(is_installed("target/tools/bin/websocat").then_some(Kind::Websocat));
     kinds
@@ -899,11 +1075,11 @@ fn main() -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
     target(listener);
-    let servers = plan
-        .kinds
-        .iter()
-        .map(|&kind| Server::start(kind, port))
-        .collect::<Result<Vec<_>>>()?;
+    let start = |kinds: &[Kind]| {
+        let started = kinds.iter().map(|&kind| Server::start(kind, port));
+        started.collect::<Result<Vec<_>>>()
+    };
+    let servers = start(&plan.kinds)?;
     println!("{}; medians of {} runs in turns\n", machine(), plan.runs);
     // Memory first, before load has grown anything.
     let once = Plan {
@@ -917,6 +1093,12 @@ fn main() -> Result<()> {
     rows.extend(latency_rows(&plan, &servers));
     rows.retain(|row| row.figures.iter().any(Option::is_some));
     println!("{}", table(&plan, &rows)?);
+    let clients = plan.of_clients();
+    let mut rows = client_rows(&clients, &start(&clients.kinds)?);
+    rows.retain(|row| row.figures.iter().any(Option::is_some));
+    if !rows.is_empty() {
+        println!("{}", table(&clients, &rows)?);
+    }
     let scaling = "tunnels at once";
     if !plan.quick
         && plan

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # The integration run: real clients reach real services through a tunnel, on loopback and free ports.
 #
-#   scripts/e2e.sh            builds tunneld, installs what is missing, runs every case
+#   scripts/e2e.sh                builds tunneld, installs what is missing, runs every case
+#   scripts/e2e.sh --only TEXT    only the cases whose name holds TEXT, and what they need
 #
 # Prints a line a case and "N passed, N failed" last; exits with 1 if one failed. What it starts, it stops.
 # As root it installs missing Debian packages; websocat comes from cargo, into target/tools.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+case ${1:-} in
+'') only= ;;
+--only) only=${2:?--only takes a part of a name} ;;
+*) echo "unknown option $1: --only TEXT is the only one" >&2 && exit 2 ;;
+esac
 root=$PWD
 tools=$root/target/tools
 work=$(mktemp -d)
@@ -49,16 +55,15 @@ if ! [ -x "$tools/bin/websocat" ]; then
     timeout 1500 cargo install --quiet --locked --root "$tools" websocat --version 1.14.1 >&2 ||
         { echo "cannot install websocat" >&2; exit 1; }
 fi
-if ! [ -x target/venv/bin/schemathesis ] || ! target/venv/bin/python -c 'import prometheus_client' 2>/dev/null; then
+# It is run, as a checkout that was moved has a script that can't be.
+if ! { target/venv/bin/schemathesis --version && target/venv/bin/python -c 'import prometheus_client'; } >/dev/null 2>&1; then
     echo "installing schemathesis and prometheus_client ..." >&2
-    { python3 -m venv target/venv && timeout 600 target/venv/bin/pip install --quiet 'schemathesis>=4,<5' prometheus_client; } >&2 ||
+    { python3 -m venv --clear target/venv &&
+        timeout 600 target/venv/bin/pip install --quiet 'schemathesis>=4,<5' prometheus_client; } >&2 ||
         { echo "cannot install schemathesis" >&2; exit 1; }
 fi
 PATH=$tools/bin:$PATH:/usr/sbin
 timeout 1500 cargo build --quiet --release --locked || exit 1
-triple=$(rustc -vV | sed -n 's/^host: //p')
-RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --no-default-features \
-    --target "$triple" || exit 1
 
 # --- words --------------------------------------------------------------------------------------------
 
@@ -69,7 +74,7 @@ free_port() {
 start() { # start NAME COMMAND...: in the background, its output in $work/NAME.log, stopped at the end
     local name=$1
     shift
-    timeout 600 "$@" >"$work/$name.log" 2>&1 </dev/null &
+    timeout 3600 "$@" >"$work/$name.log" 2>&1 </dev/null &
     pids+=($!)
 }
 
@@ -86,7 +91,13 @@ wait_for() { # wait_for WHAT COMMAND...: until the command succeeds
 
 listens() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
+declare -A done_once
+once() { # once FUNCTION: sets up what several cases need, unless it has succeeded before
+    [ "${done_once[$1]:-}" ] || { "$1" && done_once[$1]=1; }
+}
+
 check() { # check NAME FUNCTION: one case
+    [[ $1 == *"$only"* ]] || return 0
     local start=$SECONDS
     if "$2" >"$work/case.log" 2>&1; then
         passed=$((passed + 1))
@@ -100,6 +111,7 @@ check() { # check NAME FUNCTION: one case
 }
 
 check_if() { # check_if COMMAND NAME FUNCTION: one case, left out where the command can't be run
+    [[ $2 == *"$only"* ]] || return 0
     if $1 >"$work/out" 2>&1; then check "$2" "$3"; else echo "skipped $2: '$1' fails here"; fi
 }
 
@@ -122,18 +134,52 @@ header="X-Access-Token: $token"
 upgrade=(-H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' # for curl
     -H 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==')
 
-via=websocat # or connect: what leads from a local port and from ssh through a tunnel
+via=websocat # or connect, or connect-tcp, which is connect with that protocol: what leads through a tunnel
+
+client_command() { # client_command TARGET_PORT: what carries stdin and stdout through a tunnel, as shell words
+    case $via in
+    websocat) echo "websocat --binary -H='$header' - $url?port=$1" ;;
+    connect*)
+        echo "$root/target/release/tunneld connect ws://127.0.0.1:$port --protocol $(protocol) --port $1" \
+            "--access-token-file $work/token"
+        ;;
+    esac
+}
+
+protocol() { if [ "$via" = connect-tcp ]; then echo connect-tcp; else echo websocket; fi; }
 
 local_listener() { # local_listener TARGET_PORT: a local port that leads through a tunnel; sets $local_port
     local_port=$(free_port)
     case $via in
     websocat) start "local-$local_port" websocat --binary -H="$header" "tcp-l:127.0.0.1:$local_port" "$url?port=$1" ;;
-    connect)
-        start "local-$local_port" target/release/tunneld connect "ws://127.0.0.1:$port" --port "$1" \
-            --listen "127.0.0.1:$local_port" --access-token-file "$work/token"
+    connect*)
+        start "local-$local_port" target/release/tunneld connect "ws://127.0.0.1:$port" --protocol "$(protocol)" \
+            --port "$1" --listen "127.0.0.1:$local_port" --access-token-file "$work/token"
         ;;
     esac
     wait_for "the local port listens" listens "$local_port"
+}
+
+settled_mark() { # settled_mark TARGET_PORT: where the log is, once every tunnel to there has been closed
+    wait_for "the tunnels' ends" is_settled "$1" && wc -l <"$work/tunneld.log"
+}
+
+is_settled() {
+    [ "$(grep -c "tunnel opened: .* target=localhost:$1 " "$work/tunneld.log")" -eq \
+        "$(grep -c "tunnel closed: .* target=localhost:$1 " "$work/tunneld.log")" ]
+}
+
+ends_since() { # ends_since MARK TARGET_PORT: the end= of every tunnel to there that was closed since, a line each
+    tail -n +"$(($1 + 1))" "$work/tunneld.log" |
+        sed -n "s/.*tunnel closed: .* target=localhost:$2 .* end=\([a-z_]*\) .*/\1/p"
+}
+
+has_ends() { [ "$(ends_since "$2" "$3" | wc -l)" -ge "$1" ]; } # has_ends COUNT MARK TARGET_PORT
+
+all_ended() { # all_ended COUNT END MARK TARGET_PORT: so many tunnels were closed since, and each like that
+    wait_for "$1 tunnels' ends" has_ends "$1" "$3" "$4"
+    [ "$(ends_since "$3" "$4" | grep -cx "$2")" -eq "$1" ] && [ "$(ends_since "$3" "$4" | sort -u)" = "$2" ] ||
+        { echo "the ends are:"; ends_since "$3" "$4"; return 1; }
 }
 
 # --- cases --------------------------------------------------------------------------------------------
@@ -152,19 +198,20 @@ http_file() {
 start_redis() {
     redis_port=$(free_port)
     start redis redis-server --bind 127.0.0.1 --port "$redis_port" --save '' --appendonly no --dir "$work"
-    wait_for "redis listens" listens "$redis_port" && local_listener "$redis_port"
+    wait_for "redis listens" listens "$redis_port"
+    { head -c 5M /dev/urandom | base64 -w0; } >"$work/value"
 }
 
 redis_commands() {
-    start_redis || return
+    once start_redis && local_listener "$redis_port" || return
     timeout 20 redis-cli -p "$local_port" set greeting hello >"$work/out" && expect "$work/out" OK || return
     timeout 20 redis-cli -p "$local_port" get greeting >"$work/out" && expect "$work/out" hello || return
-    head -c 5M /dev/urandom | base64 -w0 >"$work/value"
     timeout 20 redis-cli -p "$local_port" -x set big <"$work/value" >"$work/out" && expect "$work/out" OK || return
     timeout 20 redis-cli -p "$local_port" --raw get big | tr -d '\n' >"$work/out" && same_sum "$work/value" "$work/out"
 }
 
 redis_bench() {
+    once start_redis && local_listener "$redis_port" || return
     timeout 120 redis-benchmark -p "$local_port" -c 50 -n 20000 -P 8 -t set,get -q >"$work/out" || return
     tr '\r' '\n' <"$work/out" | grep 'requests per second' >"$work/rates"
     cat "$work/out"
@@ -196,32 +243,37 @@ EOF
     StrictHostKeyChecking accept-new
     BatchMode yes
 EOF
-    { echo "Host sandbox
-    ProxyCommand $root/target/release/tunneld connect ws://127.0.0.1:$port --port $ssh_port --access-token-file $work/token"
-    cat "$work/ssh_options"; } >"$work/ssh_config"
-    { echo "Host sandbox
-    ProxyCommand websocat --binary -H='$header' - $url?port=$ssh_port"
-    cat "$work/ssh_options"; } >"$work/ssh_config_websocat"
+    local via
+    for via in websocat connect connect-tcp; do
+        { printf 'Host sandbox\n    ProxyCommand %s\n' "$(client_command "$ssh_port")"; cat "$work/ssh_options"; } \
+            >"$work/ssh_$via"
+    done
     start sshd /usr/sbin/sshd -D -e -f "$work/sshd_config"
     wait_for "sshd listens" listens "$ssh_port" || { cat "$work/sshd.log"; return 1; }
 }
 
 ssh_command() {
-    start_sshd || return
-    local config
-    for config in ssh_config ssh_config_websocat; do
-        timeout 30 ssh -F "$work/$config" sandbox 'echo "hello from $((6 * 7))"' >"$work/out" &&
-            expect "$work/out" "hello from 42" || { cat "$work/sshd.log"; return 1; }
-        timeout 30 ssh -F "$work/$config" sandbox 'exit 7'
-        [ $? -eq 7 ] || return
-    done
+    once start_sshd || return
+    timeout 30 ssh -F "$work/ssh_$via" sandbox 'echo "hello from $((6 * 7))"' >"$work/out" &&
+        expect "$work/out" "hello from 42" || { cat "$work/sshd.log"; return 1; }
+    timeout 30 ssh -F "$work/ssh_$via" sandbox 'exit 7'
+    [ $? -eq 7 ]
+}
+
+ssh_orderly() { # ssh ends its ProxyCommand by SIGHUP
+    once start_sshd || return
+    local mark
+    mark=$(settled_mark "$ssh_port") || return
+    for _ in 1 2 3 4 5; do timeout 30 ssh -F "$work/ssh_$via" sandbox true || return; done
+    all_ended 5 orderly "$mark" "$ssh_port"
 }
 
 scp_file() {
+    once start_sshd || return
     head -c 50M /dev/urandom >"$work/local"
-    timeout 60 scp -q -F "$work/ssh_config" "$work/local" "sandbox:$work/remote" || return
+    timeout 60 scp -q -F "$work/ssh_$via" "$work/local" "sandbox:$work/remote" || return
     same_sum "$work/local" "$work/remote" || return
-    timeout 60 scp -q -F "$work/ssh_config" "sandbox:$work/remote" "$work/back" && same_sum "$work/local" "$work/back"
+    timeout 60 scp -q -F "$work/ssh_$via" "sandbox:$work/remote" "$work/back" && same_sum "$work/local" "$work/back"
 }
 
 start_upper() { # a server that answers in capitals once its input has ended; sets $upper_port
@@ -243,7 +295,7 @@ upper_through() { # upper_through URL [HOST]: an answer comes through the tunnel
 }
 
 answer_after_end() {
-    start_upper || return
+    once start_upper || return
     for _ in 1 2 3 4 5; do
         upper_through "$url" || return
     done
@@ -263,13 +315,14 @@ wrong_token() {
 
 closed_port() {
     local closed
-    closed=$(free_port)
+    closed=1 # nobody is given that port
     refused_by "$header" "$url?port=$closed" "502" && expect "$work/tunneld.log" "cannot reach localhost:$closed" &&
         timeout 10 curl -sS -H "$header" "${upgrade[@]}" "http://127.0.0.1:$port/tunnel?port=$closed" >"$work/out" &&
         expect "$work/out" '"code":502' && expect "$work/out" "Connection refused"
 }
 
 text_mode() { # websocat without --binary sends text frames
+    once start_redis || return
     printf hi | timeout 10 websocat --text -H="$header" - "$url?port=$redis_port" >"$work/out" 2>&1
     wait_for "the refusal is logged" grep -q "binary frames only (websocat: --binary)" "$work/tunneld.log"
 }
@@ -277,6 +330,8 @@ text_mode() { # websocat without --binary sends text frames
 secret_kept() {
     ! grep -qF "$token" "$work/tunneld.log" && ! tr '\0' ' ' <"/proc/$(pgrep -P "$daemon_pid")/cmdline" | grep -qF "$token"
 }
+
+footprint_is_small() { timeout 100 scripts/footprint.py --check target/release/tunneld; }
 
 unit_is_valid() {
     mkdir -p "$work/unit" && sed "s,/usr/local/bin/tunneld,$root/target/release/tunneld," scripts/tunneld.service \
@@ -313,6 +368,7 @@ has_no_privileges() { # has_no_privileges PID USER: nor a way to get any
 }
 
 as_service() { # the unit's own command, without privileges, and a service manager that writes down what it hears
+    once start_upper || return
     start manager python3 -uc '
 import os, socket, sys
 manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -342,7 +398,11 @@ while True:
 # As a container runtime does it: a read-only root with the static binary and what every runtime puts beside it, and
 # the daemon in there as PID 1, with the Containerfile's user.
 as_container() {
-    local image=$work/image user container_port wrapper pid
+    local image=$work/image user container_port wrapper pid triple
+    triple=$(rustc -vV | sed -n 's/^host: //p')
+    RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --no-default-features \
+        --target "$triple" || return
+    once start_upper || return
     user=$(sed -n 's/^USER //p' scripts/Containerfile)
     mkdir -p "$image/dev/shm" "$image/etc" "$image/run/secrets" &&
         cp "target/$triple/release/tunneld" "$image/tunneld" && echo "127.0.0.1 database" >"$image/etc/hosts" &&
@@ -359,14 +419,14 @@ as_container() {
     container_port=$(listening_port container) || return
     pid=$(pgrep -P "$(pgrep -P "$wrapper")")
     grep -qE '^NSpid:.*[[:space:]]1$' "/proc/$pid/status" && has_no_privileges "$pid" "${user%:*}" || return
-    ! touch "/proc/$pid/root/new" && compgen -G "/proc/$pid/root/dev/shm/tunneld-*" || return
+    ! touch "/proc/$pid/root/new" && ! compgen -G "/proc/$pid/root/dev/shm/tunneld-*" || return
     upper_through "ws://127.0.0.1:$container_port/tunnel" || return
     upper_through "ws://127.0.0.1:$container_port/tunnel" database || return
     ends_in_order container "$pid" "$wrapper"
 }
 
 # A network of their own, so that no generated name or address leads anywhere.
-contract() { # three operations: it leaves the one out that serves the document
+contract() { # four operations: it leaves the one out that serves the document
     # shellcheck disable=SC2016  # expanded inside
     timeout 300 unshare --net bash -c '
         ip link set lo up || exit
@@ -378,7 +438,7 @@ contract() { # three operations: it leaves the one out that serves the document
         ' contract "$work" >"$work/out" 2>&1
     local code=$?
     cat "$work/out"
-    [ $code -eq 0 ] && expect "$work/out" "Tested: 3" && ! grep ERROR "$work/contract.log"
+    [ $code -eq 0 ] && expect "$work/out" "Tested: 4" && ! grep ERROR "$work/contract.log"
 }
 
 metrics_parse() { # by the parser of Prometheus' own client, and compared with the log
@@ -415,13 +475,20 @@ daemon_down() { refused_by "$header" "$url?port=1" "Connection refused"; }
 check "HTTP: curl fetches 200 MB through a local listener" http_file
 check "Redis: redis-cli through a local listener" redis_commands
 check "Redis: redis-benchmark, 50 clients, pipelined" redis_bench
-check "SSH: a command through ProxyCommand, and its exit code, with both clients" ssh_command
-check "SSH: scp of 50 MB there and back" scp_file
+for via in websocat connect connect-tcp; do
+    check "SSH: a command through ProxyCommand, and its exit code ($via)" ssh_command
+done
+for via in connect connect-tcp; do
+    check "SSH: every session's tunnel is closed in order ($via)" ssh_orderly
+    check "SSH: scp of 50 MB there and back ($via)" scp_file
+done
+via=websocat
 check "stdin: a server that answers after the end of its input" answer_after_end
 check "wrong token: websocat says 401, the log why" wrong_token
 check "closed port: websocat says 502, curl and the log why" closed_port
 check "text frames: the log says how to do it" text_mode
 check "the token is in no log and no argument list" secret_kept
+check "footprint: size, start, memory and crates are as the reference says" footprint_is_small
 check "systemd: the unit is valid" unit_is_valid
 check "systemd: the unit leaves little exposed" unit_is_tight
 check_if "setpriv --clear-groups true" \
@@ -436,11 +503,21 @@ check_if "unshare --mount --pid --fork true" \
 . scripts/e2e/proxies.sh
 # shellcheck source=scripts/e2e/connect.sh
 . scripts/e2e/connect.sh
+# shellcheck source=scripts/e2e/forward.sh
+. scripts/e2e/forward.sh
+# shellcheck source=scripts/e2e/connect_tcp.sh
+. scripts/e2e/connect_tcp.sh
 check "metrics: Prometheus' parser reads what the log tells" metrics_parse
 TUNNELD_ACCESS_TOKEN=$token check_if "unshare --net ip link set lo up" \
     "OpenAPI: schemathesis finds nothing against the document" contract
 check "SIGTERM ends the daemon in order" orderly_stop
 check "daemon down: websocat says so" daemon_down
+# shellcheck source=scripts/e2e/operating.sh
+. scripts/e2e/operating.sh
+# shellcheck source=scripts/e2e/suites.sh
+. scripts/e2e/suites.sh
+# shellcheck source=scripts/e2e/package.sh
+. scripts/e2e/package.sh
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

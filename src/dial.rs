@@ -1,16 +1,17 @@
 //! From a host and a port to a connected `TcpStream`: resolve once, then race the addresses, all of it
 //! before one deadline.
 
-use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::thread;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::caller::Caller;
+use crate::dial_error::{DialError, MAX_ADDRESSES, Step};
+use crate::os;
 use crate::policy::Policy;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use crate::resolver;
+use crate::target::{Host, Target};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with, sockopt};
@@ -18,105 +19,22 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, sock
 /// RFC 8305 §5: how long one attempt runs alone before the next one starts beside it.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
-/// The most addresses of a name that are tried, as each attempt holds a descriptor.
-const MAX_ADDRESSES: usize = 6;
-
-/// The most names being resolved at once. A resolver can hang for longer than the dial it was for.
-const MAX_RESOLVING: usize = 64;
-
-/// getaddrinfo keeps large buffers on its stack.
-const RESOLVER_STACK: usize = 256 * 1024;
-
-/// What a tunnel leads to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// The host as parsed.
-    pub host: Host,
-    /// 1 to 65535.
-    pub port: u16,
-}
-
-/// A host, as the `host` parameter names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Host {
-    /// `localhost`, which is 127.0.0.1 and ::1 without asking a resolver (RFC 6761 §6.3): an image may have
-    /// neither `/etc/hosts` nor a name server, and dev servers often listen on ::1 alone.
-    Localhost,
-    /// An address, which needs no resolver either.
-    Address(IpAddr),
-    /// A name, in ASCII and lower case.
-    Name(String),
-}
-
-impl Host {
-    /// Parses a name or an address, IPv6 with or without brackets. Empty is localhost.
-    pub fn parse(text: &str) -> Option<Host> {
-        if text.is_empty() {
-            return Some(Host::Localhost);
-        }
-        if let Some(bracketed) = text.strip_prefix('[') {
-            let address = bracketed.strip_suffix(']')?.parse::<Ipv6Addr>().ok()?;
-            return Some(Host::Address(address.into()));
-        }
-        if let Ok(address) = text.parse() {
-            return Some(Host::Address(address));
-        }
-        // url would undo a second layer of percent-encoding.
-        if text.contains('%') {
-            return None;
-        }
-        match url::Host::parse(text).ok()? {
-            url::Host::Ipv4(address) => Some(Host::Address(address.into())),
-            url::Host::Ipv6(address) => Some(Host::Address(address.into())),
-            url::Host::Domain(name) => Host::from_name(name),
-        }
-    }
-
-    fn from_name(name: String) -> Option<Host> {
-        let bare = name.strip_suffix('.').unwrap_or(&name);
-        if bare == "localhost" || bare.ends_with(".localhost") {
-            return Some(Host::Localhost);
-        }
-        // RFC 1035 §2.3.4; underscores occur in the names of container networks.
-        let is_label = |label: &str| {
-            let in_set = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-            (1..=63).contains(&label.len()) && label.bytes().all(in_set)
-        };
-        (bare.len() <= 253 && bare.split('.').all(is_label)).then_some(Host::Name(name))
-    }
-}
-
-/// Parses a port as a decimal number from 1 to 65535. `str::parse` would take a plus sign.
-pub fn parse_port(text: &str) -> Option<u16> {
-    let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse().ok().filter(|&port| is_decimal && port != 0)
-}
-
-/// Why a target can't be reached.
-#[derive(Debug)]
-pub enum DialError {
-    /// The policy permits none of these addresses of a name, or not the target itself. Nothing was dialed.
-    Forbidden(Vec<SocketAddr>),
-    /// The name has no address, or there is no resolver.
-    Resolve(String),
-    /// Too many names are being resolved.
-    ResolverBusy,
-    /// The dial timeout is over, and what was being done then.
-    TimedOut(&'static str),
-    /// Every address failed; the reason of each.
-    Connect(Vec<(SocketAddr, io::Error)>),
-}
-
 /// Connects to one of the addresses of `target` that `policy` permits, before `deadline`, with `TCP_NODELAY`
-/// set.
+/// set, and returns it with the address. Gives up when `caller` has gone away; without one, this process is the caller.
 ///
 /// # Errors
 /// [`DialError`].
-pub fn dial(target: &Target, policy: &Policy, deadline: Instant) -> Result<TcpStream, DialError> {
+pub fn dial(
+    target: &Target,
+    policy: &Policy,
+    deadline: Instant,
+    caller: Option<&Caller<'_>>,
+) -> Result<(TcpStream, SocketAddr), DialError> {
     if policy.rules_out(target) {
         return Err(DialError::Forbidden(Vec::new()));
     }
-    let resolved = resolve(target, deadline)?;
+    let complete = policy.completed(target).ok_or(DialError::Incomplete)?;
+    let resolved = resolve(&complete, deadline, caller)?;
     let permitted = policy.permitted(target, &resolved);
     if permitted.is_empty() {
         let is_name = matches!(target.host, Host::Name(_));
@@ -126,16 +44,20 @@ pub fn dial(target: &Target, policy: &Policy, deadline: Instant) -> Result<TcpSt
             Vec::new()
         }));
     }
-    let stream = race(&interleave(permitted), deadline)?;
+    let (stream, address) = race(&interleave(permitted), deadline, caller)?;
     // Neither failure breaks the tunnel; the stream then is a little slower, or notices a dead host later.
     let _ = stream.set_nodelay(true);
     let _ = sockopt::set_socket_keepalive(&stream, true);
     let _ = sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60));
     let _ = sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(15));
-    Ok(stream)
+    Ok((stream, address))
 }
 
-fn resolve(target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
+fn resolve(
+    target: &Target,
+    deadline: Instant,
+    caller: Option<&Caller<'_>>,
+) -> Result<Vec<SocketAddr>, DialError> {
     let at = |address: IpAddr| SocketAddr::new(address, target.port);
     match &target.host {
         Host::Localhost => Ok(vec![
@@ -143,55 +65,7 @@ fn resolve(target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, DialEr
             at(Ipv6Addr::LOCALHOST.into()),
         ]),
         Host::Address(address) => Ok(vec![at(*address)]),
-        Host::Name(name) => resolve_name(name.clone(), target.port, deadline),
-    }
-}
-
-/// getaddrinfo has no timeout, so it runs on a thread that may outlive the dial.
-fn resolve_name(name: String, port: u16, deadline: Instant) -> Result<Vec<SocketAddr>, DialError> {
-    let permit = ResolverPermit::take().ok_or(DialError::ResolverBusy)?;
-    let (sender, receiver) = sync_channel(1);
-    let resolver = thread::Builder::new()
-        .name("resolve".into())
-        .stack_size(RESOLVER_STACK);
-    let started = resolver.spawn(move || {
-        let _permit = permit;
-        let found = (name.as_str(), port)
-            .to_socket_addrs()
-            .map(Iterator::collect::<Vec<_>>);
-        let _ = sender.send(found);
-    });
-    started.map_err(|error| DialError::Resolve(format!("no thread to resolve it on: {error}")))?;
-    match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        Ok(Ok(addresses)) if addresses.is_empty() => {
-            Err(DialError::Resolve("the name has no address".into()))
-        }
-        Ok(Ok(addresses)) => Ok(addresses),
-        Ok(Err(error)) => Err(DialError::Resolve(error.to_string())),
-        Err(RecvTimeoutError::Timeout) => Err(DialError::TimedOut("resolving the name")),
-        Err(RecvTimeoutError::Disconnected) => {
-            Err(DialError::Resolve("the resolver failed".into()))
-        }
-    }
-}
-
-struct ResolverPermit;
-
-static RESOLVING: AtomicUsize = AtomicUsize::new(0);
-
-impl ResolverPermit {
-    fn take() -> Option<ResolverPermit> {
-        let one_more = |count| (count < MAX_RESOLVING).then_some(count + 1);
-        RESOLVING
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more)
-            .ok()
-            .map(|_| ResolverPermit)
-    }
-}
-
-impl Drop for ResolverPermit {
-    fn drop(&mut self) {
-        RESOLVING.fetch_sub(1, Ordering::SeqCst);
+        Host::Name(name) => resolver::resolve(name.clone(), target.port, deadline, caller),
     }
 }
 
@@ -226,7 +100,11 @@ fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 
 /// Starts an attempt when the one before has failed or has run for [`ATTEMPT_DELAY`]; the first to
 /// connect wins and the others are dropped.
-fn race(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, DialError> {
+fn race(
+    addresses: &[SocketAddr],
+    deadline: Instant,
+    caller: Option<&Caller<'_>>,
+) -> Result<(TcpStream, SocketAddr), DialError> {
     let mut waiting = addresses.iter();
     let mut running: Vec<(SocketAddr, OwnedFd)> = Vec::new();
     let mut failed = Vec::new();
@@ -234,12 +112,12 @@ fn race(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, DialEr
     loop {
         let now = Instant::now();
         if now >= deadline {
-            return Err(DialError::TimedOut("connecting"));
+            return Err(DialError::TimedOut(Step::Connecting));
         }
         if running.is_empty() || now >= next_start {
             match waiting.next() {
                 Some(&address) => {
-                    log::debug!("attempt: address={address}");
+                    log::debug!(address:% = address; "attempt");
                     match begin(address) {
                         Ok(socket) => running.push((address, socket)),
                         Err(error) => failed.push((address, error.into())),
@@ -247,16 +125,36 @@ fn race(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream, DialEr
                     next_start = now + ATTEMPT_DELAY;
                     continue;
                 }
-                None if running.is_empty() => return Err(DialError::Connect(failed)),
+                None if running.is_empty() => return Err(all_failed(failed)),
                 None => next_start = deadline,
             }
         }
         wait_for_any(
             &running,
             next_start.min(deadline).saturating_duration_since(now),
+            caller,
         );
         if let Some(winner) = take_finished(&mut running, &mut failed) {
             return Ok(winner);
+        }
+        if caller.is_some_and(Caller::is_gone) {
+            return Err(DialError::CallerGone);
+        }
+    }
+}
+
+/// Want of descriptors or memory says nothing of the target.
+fn all_failed(mut failed: Vec<(SocketAddr, io::Error)>) -> DialError {
+    let is_want = |error: &io::Error| {
+        let want = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+        Errno::from_io_error(error).is_some_and(|error| want.contains(&error))
+    };
+    let all_want = failed.iter().all(|(_, error)| is_want(error));
+    match failed.pop() {
+        Some((_, error)) if all_want => DialError::Exhausted(error),
+        last => {
+            failed.extend(last);
+            DialError::Connect(failed)
         }
     }
 }
@@ -269,29 +167,32 @@ fn begin(address: SocketAddr) -> Result<OwnedFd, Errno> {
     };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    // Before anything can come: an urgent byte (`MSG_OOB`, RFC 6093) is a byte in its place.
+    let _ = sockopt::set_socket_oobinline(&socket, true);
     match connect(&socket, &address) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),
     }
 }
 
-fn wait_for_any(running: &[(SocketAddr, OwnedFd)], limit: Duration) {
+fn wait_for_any(running: &[(SocketAddr, OwnedFd)], limit: Duration, caller: Option<&Caller<'_>>) {
     let mut fds: Vec<PollFd<'_>> = running
         .iter()
         .map(|(_, socket)| PollFd::new(socket, PollFlags::OUT))
+        .chain(caller.map(Caller::poll_fd))
         .collect();
-    // An error here is EINTR or want of memory; the caller looks at the sockets and the clock again.
-    let _ = poll(&mut fds, Timespec::try_from(limit).ok().as_ref());
+    // An error here is want of memory; the caller looks at the sockets and the clock again.
+    let _ = os::wait(&mut fds, Some(limit));
 }
 
 /// Moves failed attempts to `failed` and returns the first connected one, made blocking.
 fn take_finished(
     running: &mut Vec<(SocketAddr, OwnedFd)>,
     failed: &mut Vec<(SocketAddr, io::Error)>,
-) -> Option<TcpStream> {
+) -> Option<(TcpStream, SocketAddr)> {
     for (address, socket) in std::mem::take(running) {
-        match connected(socket) {
-            Ok(Ok(stream)) => return Some(stream),
+        match connected(socket, address) {
+            Ok(Ok(stream)) => return Some((stream, address)),
             Ok(Err(socket)) => running.push((address, socket)),
             Err(error) => failed.push((address, error)),
         }
@@ -300,57 +201,27 @@ fn take_finished(
 }
 
 /// The connected stream, or the socket again if its attempt still runs.
-fn connected(socket: OwnedFd) -> io::Result<Result<TcpStream, OwnedFd>> {
-    let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
-    if poll(&mut fds, Some(&Timespec::default()))? == 0 {
+fn connected(socket: OwnedFd, address: SocketAddr) -> io::Result<Result<TcpStream, OwnedFd>> {
+    if os::ready(&socket, PollFlags::OUT).is_empty() {
         return Ok(Err(socket));
     }
     sockopt::socket_error(&socket)??;
     let stream = TcpStream::from(socket);
+    if is_connected_to_itself(&stream, address) {
+        // Without a wait in TIME_WAIT, which would keep the port from the service that is to listen there.
+        let _ = sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
+        return Err(Errno::CONNREFUSED.into());
+    }
     stream.set_nonblocking(false)?;
     Ok(Ok(stream))
 }
 
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Host::Localhost => write!(f, "localhost:{}", self.port),
-            Host::Address(address) => write!(f, "{}", SocketAddr::new(*address, self.port)),
-            Host::Name(name) => write!(f, "{name}:{}", self.port),
-        }
-    }
-}
-
-impl fmt::Display for DialError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DialError::Forbidden(addresses) if addresses.is_empty() => f.write_str("not permitted"),
-            DialError::Forbidden(addresses) => {
-                let addresses = addresses.iter().take(MAX_ADDRESSES);
-                let addresses = addresses.map(SocketAddr::to_string);
-                write!(
-                    f,
-                    "not permitted: {}",
-                    addresses.collect::<Vec<_>>().join(", ")
-                )
-            }
-            DialError::Resolve(reason) => write!(f, "its name does not resolve: {reason}"),
-            DialError::ResolverBusy => write!(
-                f,
-                "{MAX_RESOLVING} other names are being resolved, try again"
-            ),
-            DialError::TimedOut(doing) => write!(f, "the dial timeout was over while {doing}"),
-            DialError::Connect(failed) => {
-                for (index, (address, error)) in failed.iter().enumerate() {
-                    let separator = if index == 0 { "" } else { ", " };
-                    let error = error.to_string();
-                    let reason = error.split(" (os error").next().unwrap_or(&error);
-                    write!(f, "{separator}{address}: {reason}")?;
-                }
-                Ok(())
-            }
-        }
-    }
+/// Where nothing listens on a port that the system gives to outgoing connections, it may give an attempt just that
+/// port, and the SYN is answered by the socket it came from (a simultaneous open, RFC 9293 §3.5).
+fn is_connected_to_itself(stream: &TcpStream, address: SocketAddr) -> bool {
+    stream.local_addr().is_ok_and(|local| {
+        (local.ip().to_canonical(), local.port()) == (address.ip().to_canonical(), address.port())
+    })
 }
 
 impl std::error::Error for DialError {}
@@ -358,90 +229,6 @@ impl std::error::Error for DialError {}
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn shown(text: &str) -> Option<String> {
-        Host::parse(text).map(|host| Target { host, port: 5 }.to_string())
-    }
-
-    #[test]
-    fn localhost_in_every_spelling_needs_no_resolver() {
-        for text in [
-            "",
-            "localhost",
-            "LOCALHOST",
-            "localhost.",
-            "LocalHost.",
-            "db.localhost",
-        ] {
-            assert_eq!(Host::parse(text), Some(Host::Localhost), "{text:?}");
-        }
-    }
-
-    #[test]
-    fn hosts_are_names_and_addresses() {
-        for (text, target) in [
-            ("127.0.0.1", "127.0.0.1:5"),
-            ("::1", "[::1]:5"),
-            ("[::1]", "[::1]:5"),
-            ("::ffff:10.0.0.1", "[::ffff:10.0.0.1]:5"),
-            ("DB.internal", "db.internal:5"),
-            ("my_service", "my_service:5"),
-            ("b\u{fc}cher.example", "xn--bcher-kva.example:5"),
-            ("example.com.", "example.com.:5"),
-        ] {
-            assert_eq!(shown(text).as_deref(), Some(target), "{text}");
-        }
-    }
-
-    #[test]
-    fn what_is_no_host_is_refused() {
-        let long_label = "a".repeat(64);
-        let long_name = "a.".repeat(127) + "aa";
-        for text in [
-            "a b",
-            "a/b",
-            "a:80",
-            "[::1",
-            "::1]",
-            "[127.0.0.1]",
-            "[::1]:80",
-            "a..b",
-            ".",
-            "a@b",
-            "a%62",
-            "fe80::1%eth0",
-            "256.1.1.1",
-            "a\0b",
-            &long_label,
-            &long_name,
-        ] {
-            let parsed = Host::parse(text);
-            assert!(parsed.is_none(), "{text:?} {parsed:?}");
-        }
-    }
-
-    #[test]
-    fn ports_are_decimal_numbers_from_1_to_65535() {
-        for (text, port) in [("1", 1), ("65535", 65535), ("080", 80)] {
-            assert_eq!(parse_port(text), Some(port));
-        }
-        for text in [
-            "",
-            "0",
-            "65536",
-            "-1",
-            "+80",
-            " 80",
-            "80 ",
-            "8e1",
-            "0x50",
-            "80\0",
-            "٨٠",
-            "99999999999999999999",
-        ] {
-            assert_eq!(parse_port(text), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn families_take_turns() {
@@ -462,8 +249,58 @@ mod tests {
         let dead = full.local_addr().unwrap();
         let _fill: Vec<_> = (0..4).map(|_| begin(dead).unwrap()).collect();
         let start = Instant::now();
-        let stream = race(&[dead, alive], start + Duration::from_secs(20)).unwrap();
-        assert_eq!(stream.peer_addr().unwrap(), alive);
+        let deadline = start + Duration::from_secs(20);
+        let (stream, address) = race(&[dead, alive], deadline, None).unwrap();
+        assert_eq!((stream.peer_addr().unwrap(), address), (alive, alive));
         assert!(start.elapsed() >= ATTEMPT_DELAY);
+    }
+
+    /// A socket that is bound to a port of its own, and its address.
+    fn bound() -> (OwnedFd, SocketAddr) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let address = rustix::net::getsockname(&socket).unwrap();
+        (socket, address.try_into().unwrap())
+    }
+
+    #[test]
+    fn a_connection_to_itself_is_refused_and_leaves_the_port_free() {
+        let (socket, address) = bound();
+        let begun = connect(&socket, &address);
+        assert!(
+            matches!(begun, Ok(()) | Err(Errno::INPROGRESS)),
+            "{begun:?}"
+        );
+        os::wait(&mut [PollFd::new(&socket, PollFlags::OUT)], None).unwrap();
+        let error = connected(socket, address).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        let strict = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+        strict.unwrap().bind(&address.into()).unwrap();
+    }
+
+    #[test]
+    fn a_target_that_resets_once_it_has_accepted_is_named_with_the_reason() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let socket = begin(address).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        sockopt::set_socket_linger(&accepted, Some(Duration::ZERO)).unwrap();
+        drop(accepted);
+        os::wait(&mut [PollFd::new(&socket, PollFlags::IN)], None).unwrap();
+        let error = connected(socket, address).unwrap_err();
+        let said = all_failed(vec![(address, error)]).to_string();
+        assert_eq!(said, format!("{address}: Connection reset by peer"));
+    }
+
+    #[test]
+    fn only_want_of_the_system_in_every_attempt_is_exhaustion() {
+        let address = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let failed = |errors: [Errno; 2]| {
+            let failed = errors.map(|error| (address(1), error.into()));
+            matches!(all_failed(failed.into()), DialError::Exhausted(_))
+        };
+        assert!(failed([Errno::MFILE, Errno::NFILE]));
+        assert!(!failed([Errno::MFILE, Errno::CONNREFUSED]));
     }
 }

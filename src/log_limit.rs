@@ -19,18 +19,19 @@ struct Window {
     lines: u32,
     left_out: u64,
     /// A thread is going to say how many were left out.
-    is_told: bool,
+    summary_pending: bool,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
 
 #[derive(Debug, PartialEq, Eq)]
-enum Allowed {
+enum Decision {
     /// And so many were left out before, of which nobody else will tell.
-    Yes(u64),
-    No,
-    /// The first line that is left out.
-    FirstNo,
+    Log(u64),
+    Suppress {
+        /// It is the first that is left out: somebody must tell how many follow.
+        schedule_summary: bool,
+    },
 }
 
 impl LogLimit {
@@ -45,41 +46,47 @@ impl LogLimit {
     /// Logs through `log` if a line is allowed. How many of `what` were left out in a second is said when it is
     /// over.
     pub fn log(&'static self, what: &'static str, log: impl FnOnce()) {
-        match self.allows(Instant::now()) {
-            Allowed::Yes(left_out) => {
+        match self.decide(Instant::now()) {
+            Decision::Log(left_out) => {
                 say(left_out, what);
                 log();
             }
-            Allowed::No => {}
-            Allowed::FirstNo => self.say_later(what),
+            Decision::Suppress {
+                schedule_summary: true,
+            } => self.schedule_summary(what),
+            Decision::Suppress { .. } => {}
         }
     }
 
-    fn allows(&self, now: Instant) -> Allowed {
+    fn decide(&self, now: Instant) -> Decision {
         let mut window = lock(&self.window);
         let window = window.get_or_insert(Window {
             began: now,
             lines: 0,
             left_out: 0,
-            is_told: false,
+            summary_pending: false,
         });
         let mut unsaid = 0;
         // What was left out must be said before the next second begins to count.
-        if !window.is_told && now.duration_since(window.began) >= SECOND {
+        if !window.summary_pending && now.duration_since(window.began) >= SECOND {
             unsaid = std::mem::take(&mut window.left_out);
             window.began = now;
             window.lines = 0;
         }
         if window.lines < self.per_second {
             window.lines += 1;
-            return Allowed::Yes(unsaid);
+            return Decision::Log(unsaid);
         }
         window.left_out += 1;
         if window.left_out > 1 {
-            return Allowed::No;
+            return Decision::Suppress {
+                schedule_summary: false,
+            };
         }
-        window.is_told = true;
-        Allowed::FirstNo
+        window.summary_pending = true;
+        Decision::Suppress {
+            schedule_summary: true,
+        }
     }
 
     fn take_left_out(&self) -> u64 {
@@ -89,7 +96,7 @@ impl LogLimit {
     }
 
     /// On a thread of its own, as after a flood no next line may come. Without a thread the next line tells.
-    fn say_later(&'static self, what: &'static str) {
+    fn schedule_summary(&'static self, what: &'static str) {
         let thread = thread::Builder::new()
             .name("log-limit".into())
             .stack_size(64 * 1024);
@@ -98,7 +105,7 @@ impl LogLimit {
             say(self.take_left_out(), what);
         });
         if let (Err(_), Some(window)) = (later, &mut *lock(&self.window)) {
-            window.is_told = false;
+            window.summary_pending = false;
         }
     }
 }
@@ -113,12 +120,16 @@ fn say(left_out: u64, what: &str) {
 mod tests {
     use super::*;
 
+    fn suppressed(schedule_summary: bool) -> Decision {
+        Decision::Suppress { schedule_summary }
+    }
+
     #[test]
     fn a_flood_is_counted() {
         let limit = LogLimit::new(3);
         let start = Instant::now();
         let logged = |now| {
-            let lines = (0..100).filter(|_| matches!(limit.allows(now), Allowed::Yes(0)));
+            let lines = (0..100).filter(|_| matches!(limit.decide(now), Decision::Log(0)));
             lines.count()
         };
         assert_eq!(logged(start), 3);
@@ -132,12 +143,12 @@ mod tests {
     fn without_a_thread_the_next_line_tells() {
         let limit = LogLimit::new(1);
         let start = Instant::now();
-        assert_eq!(limit.allows(start), Allowed::Yes(0));
-        assert_eq!(limit.allows(start), Allowed::FirstNo);
-        assert_eq!(limit.allows(start), Allowed::No);
-        lock(&limit.window).as_mut().unwrap().is_told = false;
-        assert_eq!(limit.allows(start), Allowed::No);
-        assert_eq!(limit.allows(start + SECOND), Allowed::Yes(3));
+        assert_eq!(limit.decide(start), Decision::Log(0));
+        assert_eq!(limit.decide(start), suppressed(true));
+        assert_eq!(limit.decide(start), suppressed(false));
+        lock(&limit.window).as_mut().unwrap().summary_pending = false;
+        assert_eq!(limit.decide(start), suppressed(false));
+        assert_eq!(limit.decide(start + SECOND), Decision::Log(3));
     }
 
     #[test]
@@ -145,8 +156,8 @@ mod tests {
         let limit = LogLimit::new(1);
         let start = Instant::now();
         for second in 0..9 {
-            assert_eq!(limit.allows(start + SECOND * second), Allowed::Yes(0));
+            assert_eq!(limit.decide(start + SECOND * second), Decision::Log(0));
         }
-        assert_eq!(limit.allows(start + SECOND * 8), Allowed::FirstNo);
+        assert_eq!(limit.decide(start + SECOND * 8), suppressed(true));
     }
 }

@@ -1,14 +1,14 @@
 //! Which targets may be dialed: `--allow-target` and `--deny-target`.
 //!
-//! A name is judged as it was asked for, and by `deny` also as the resolver may complete it; each address as it
-//! will be dialed. So neither a short name nor another spelling of an address leads around a rule.
+//! A name is judged as it was asked for, and where that could be denied, looked up as it was judged; each address
+//! is judged as it will be dialed. So neither a short name nor another spelling of an address leads around a rule.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use ipnet::{IpNet, Ipv4Net};
 
-use crate::dial::{Host, Target};
+use crate::target::{Host, Target};
 
 /// The rules. Without any, every target is allowed.
 #[derive(Debug, Clone, Default)]
@@ -17,8 +17,6 @@ pub struct Policy {
     pub allow: Vec<Rule>,
     /// A target must match none; this wins.
     pub deny: Vec<Rule>,
-    /// What the resolver may put behind a name, without the dot.
-    pub search: Vec<String>,
 }
 
 /// Hosts and ports: `HOST`, `HOST:PORT` or `HOST:PORT-PORT`.
@@ -46,7 +44,7 @@ impl Policy {
     /// Whether `target` is forbidden whatever it resolves to. Then its name is not even looked up, as a name can
     /// carry data out to whoever answers for it.
     pub fn rules_out(&self, target: &Target) -> bool {
-        let is_denied = |rule: &Rule| rule.has_port(target) && self.matches_completed(rule, target);
+        let is_denied = |rule: &Rule| rule.has_port(target) && rule.matches_name(name_of(target));
         let may_match = |rule: &Rule| {
             rule.has_port(target) && (rule.is_of_addresses() || rule.matches_name(name_of(target)))
         };
@@ -67,7 +65,7 @@ impl Policy {
             let address = address.ip();
             let denied = self.deny.iter().any(|rule| {
                 rule.has_port(target)
-                    && (meanings(address).any(|meaning| rule.matches_address(meaning)))
+                    && equivalent_addresses(address).any(|address| rule.matches_address(address))
             });
             let allowed = |rule| is_allowed(rule, canonical(address));
             !denied && (self.allow.is_empty() || self.allow.iter().any(allowed))
@@ -75,27 +73,23 @@ impl Policy {
         addresses.iter().copied().filter(is_permitted).collect()
     }
 
-    /// Whether `rule` matches the target's name, or what the resolver may make of it. A name with a dot at its end
-    /// is complete.
-    fn matches_completed(&self, rule: &Rule, target: &Target) -> bool {
-        let name = name_of(target);
-        let is_short = matches!(&target.host, Host::Name(name) if !name.ends_with('.'));
-        let matches_longer = |suffix| rule.matches_name(&format!("{name}.{suffix}"));
-        rule.matches_name(name) || is_short && self.search.iter().any(matches_longer)
+    /// `target` as it is to be looked up. Where a name with a domain is denied, it gets a dot at its end, so that the
+    /// resolver completes no name to a denied one, by `search` or anything else. `None` for a name without a domain:
+    /// those are mostly meant to be completed, and what to is the resolver's secret.
+    pub fn completed(&self, target: &Target) -> Option<Target> {
+        let may_become_denied = |rule: &Rule| rule.has_port(target) && rule.has_domain();
+        let name = match &target.host {
+            Host::Name(name) if !name.ends_with('.') => name,
+            _ => return Some(target.clone()),
+        };
+        if !self.deny.iter().any(may_become_denied) {
+            return Some(target.clone());
+        }
+        name.contains('.').then(|| Target {
+            host: Host::Name(format!("{name}.")),
+            port: target.port,
+        })
     }
-}
-
-/// The search list in a resolv.conf(5): the last `search` or `domain` line counts.
-pub fn search_list(resolv_conf: &str) -> Vec<String> {
-    let mut lists = resolv_conf.lines().rev().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        matches!(words.next(), Some("search" | "domain")).then_some(words)
-    });
-    let names = lists.next().into_iter().flatten();
-    names
-        .map(|name| name.trim_end_matches('.').to_ascii_lowercase())
-        .filter(|name| !name.is_empty())
-        .collect()
 }
 
 /// A target's name without its last dot; empty if it has none.
@@ -106,22 +100,46 @@ fn name_of(target: &Target) -> &str {
     }
 }
 
-/// Everything that `address` may lead to: itself, what it is another spelling of, and the IPv4 address that
-/// a gateway for NAT64 (RFC 6052), 6to4 (RFC 3056) or IPv4-compatible addresses (RFC 4291) would take out of it.
-fn meanings(address: IpAddr) -> impl Iterator<Item = IpAddr> {
+/// Everything that `address` may lead to: itself, what it is another spelling of, and the IPv4 addresses that a
+/// gateway or a tunnel of this host's may take out of it.
+fn equivalent_addresses(address: IpAddr) -> impl Iterator<Item = IpAddr> {
     let embedded = match address {
-        IpAddr::V4(_) => None,
-        IpAddr::V6(address) => match address.octets() {
-            [0x00, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
-            | [0x20, 0x02, a, b, c, d, ..]
-            | [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d] => Some([a, b, c, d]),
-            _ => None,
-        },
+        IpAddr::V4(_) => Vec::new(),
+        IpAddr::V6(address) => embedded(address.octets()),
     };
-    let embedded = embedded.map(|octets| canonical(Ipv4Addr::from(octets).into()));
-    [Some(address), Some(canonical(address)), embedded]
+    let embedded = embedded
         .into_iter()
-        .flatten()
+        .map(|octets| Ipv4Addr::from(octets).into());
+    let all = [address, address.to_canonical()]
+        .into_iter()
+        .chain(embedded);
+    all.flat_map(|address| [address, canonical(address)])
+}
+
+fn embedded(address: [u8; 16]) -> Vec<[u8; 4]> {
+    let mut found = match address {
+        // NAT64's own prefix (RFC 6052 §2.1).
+        [0x00, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
+        // IPv4-compatible (RFC 4291 §2.5.5.1) and IPv4-translated (RFC 2765 §2.1).
+        | [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
+        | [0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, a, b, c, d]
+        // 6to4 (RFC 3056 §2).
+        | [0x20, 0x02, a, b, c, d, ..] => vec![[a, b, c, d]],
+        // Teredo (RFC 4380 §4): the client's address, its bits turned over.
+        [0x20, 0x01, 0, 0, _, _, _, _, _, _, _, _, a, b, c, d] => vec![[!a, !b, !c, !d]],
+        // For NAT64 within a network (RFC 8215), which may use any length of prefix in here: RFC 6052 §2.2 for 48,
+        // 56, 64 and 96 bits. Where there is nothing in one place, the address is in another.
+        [0x00, 0x64, 0xff, 0x9b, 0x00, 0x01, a, b, _, c, d, e, f, g, h, i] => {
+            let readings = [[a, b, c, d], [b, c, d, e], [c, d, e, f], [f, g, h, i]];
+            readings.into_iter().filter(|&read| read != [0; 4]).collect()
+        }
+        _ => Vec::new(),
+    };
+    // ISATAP (RFC 5214 §6.1), in any network, one of the above included.
+    if let [0x00 | 0x02, 0, 0x5e, 0xfe, a, b, c, d] = address[8..] {
+        found.push([a, b, c, d]);
+    }
+    found
 }
 
 /// The address that a connection to `address` really goes to: IPv4 behind IPv4-mapped IPv6 (RFC 4291 §2.5.5.2),
@@ -156,6 +174,15 @@ impl Rule {
         matches!(self.hosts, Hosts::Loopback | Hosts::Network(_))
     }
 
+    /// Whether it is of names with a domain, to which a resolver may complete shorter ones.
+    fn has_domain(&self) -> bool {
+        match &self.hosts {
+            Hosts::Suffix(_) => true,
+            Hosts::Name(name) => name.contains('.'),
+            Hosts::Any | Hosts::Loopback | Hosts::Network(_) => false,
+        }
+    }
+
     /// Whether it matches a name, whatever its address. Without one `name` is empty.
     fn matches_name(&self, name: &str) -> bool {
         match &self.hosts {
@@ -185,14 +212,14 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
             Some(ports) => Ok((host, Some(ports))),
             None if rest.is_empty() => Ok((host, None)),
             None => Err(format!(
-                "{rest:?} behind the bracket is no port: write [2001:db8::1]:443"
+                "{rest:?} after the bracket is not a port: write [2001:db8::1]:443"
             )),
         };
     }
     match text.split_once(':') {
         // The last group of IPv6 could be meant for a port.
         Some((_, rest)) if rest.contains(':') && !text.contains('/') => Err(format!(
-            "{text:?} may have a port or not: write [{text}], or [::1]:443"
+            "{text:?} may or may not end in a port: write [{text}] without one, or [::1]:443 with one"
         )),
         Some((_, rest)) if rest.contains(':') => Ok((text, None)),
         Some((host, ports)) => Ok((host, Some(ports))),
@@ -203,12 +230,12 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
 fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     match (
-        crate::dial::parse_port(first),
-        crate::dial::parse_port(last),
+        crate::target::parse_port(first),
+        crate::target::parse_port(last),
     ) {
         (Some(first), Some(last)) if first <= last => Ok(first..=last),
         _ => Err(format!(
-            "{text:?} is no port and no range of ports: write 443 or 8000-8999"
+            "{text:?} is not a port or a range of ports: write 443 or 8000-8999"
         )),
     }
 }
@@ -223,7 +250,7 @@ impl Hosts {
         }
         if text.contains('/') {
             let network = text.parse().map_err(|_| {
-                format!("{text:?} is no network: write it as 10.0.0.0/8 or 2001:db8::/32")
+                format!("{text:?} is not a network: write it as 10.0.0.0/8 or 2001:db8::/32")
             })?;
             return Ok(Hosts::Network(canonical_network(network)));
         }
@@ -241,7 +268,7 @@ impl Hosts {
             Some(Host::Address(address)) if !is_suffix => {
                 Ok(Hosts::Network(canonical(address).into()))
             }
-            _ => Err(format!("{text:?} is no name, no address and no network")),
+            _ => Err(format!("{text:?} is not a name, an address or a network")),
         }
     }
 }
@@ -273,7 +300,6 @@ mod tests {
         Policy {
             allow: rules(allow),
             deny: rules(deny),
-            search: vec!["svc.cluster.local".into(), "cluster.local".into()],
         }
     }
 
@@ -353,7 +379,6 @@ mod tests {
             assert!(!may(&denying, embedded, embedded, 80), "{embedded}");
         }
         assert!(may(&denying, "a.example", "10.0.0.1", 80));
-        assert!(!may(&policy(&[], &["0.0.0.0/8"]), "0.0.0.0", "0.0.0.0", 80));
         assert!(!may(&policy(&["::/0"], &[]), "x", "::ffff:10.0.0.1", 80));
         assert!(!may(
             &policy(&["10.0.0.0/8"], &[]),
@@ -364,25 +389,81 @@ mod tests {
     }
 
     #[test]
-    fn a_short_name_is_denied_as_the_resolver_may_complete_it() {
-        let denying = policy(&[], &["*.cluster.local", "db.svc.cluster.local:5432"]);
-        for name in ["secret", "secret.svc", "secret.svc.cluster.local", "db"] {
-            assert!(!may(&denying, name, "10.0.0.1", 80), "{name}");
+    fn a_network_around_the_unspecified_address_denies_it_in_every_spelling() {
+        let denying = policy(&[], &["0.0.0.0/8"]);
+        for address in ["0.0.0.0", "::ffff:0.0.0.0", "::", "64:ff9b::", "2002::1"] {
+            assert!(!may(&denying, "a.example", address, 80), "{address}");
+            assert!(!may(&denying, address, address, 80), "{address}");
         }
-        assert!(may(&denying, "secret.", "10.0.0.1", 80), "it is complete");
-        assert!(!may(
-            &policy(&["db.svc.cluster.local"], &[]),
-            "db",
-            "10.0.0.1",
-            80
-        ));
+        assert!(may(&denying, "a.example", "127.0.0.1", 80));
+    }
+
+    /// As what `host` would be looked up.
+    fn looked_up(policy: &Policy, host: &str, port: u16) -> Option<String> {
+        let host = Host::parse(host).unwrap();
+        let target = policy.completed(&Target { host, port });
+        target.map(|target| target.to_string())
     }
 
     #[test]
-    fn the_last_search_list_counts() {
-        let text = "nameserver 10.0.0.1\nsearch a.example\ndomain x\n search Default.svc. cluster.local \n#search b\n";
-        assert_eq!(search_list(text), ["default.svc", "cluster.local"]);
-        assert!(search_list("nameserver 10.0.0.1\n").is_empty());
+    fn a_name_that_could_be_completed_to_a_denied_one_is_not_completed() {
+        for denied in ["*.corp.internal", "db.corp.internal:80"] {
+            let denying = policy(&[], &[denied]);
+            for (host, expected) in [
+                ("secret", None),
+                ("secret.", Some("secret.:80")),
+                ("secret.svc", Some("secret.svc.:80")),
+                ("a.example.", Some("a.example.:80")),
+                ("localhost", Some("localhost:80")),
+                ("10.0.0.1", Some("10.0.0.1:80")),
+            ] {
+                let complete = looked_up(&denying, host, 80);
+                assert_eq!(complete.as_deref(), expected, "{denied}, {host}");
+            }
+        }
+        let of_port = policy(&[], &["*.corp.internal:80"]);
+        assert_eq!(looked_up(&of_port, "secret", 81).unwrap(), "secret:81");
+        for denied in ["db", "*", "localhost", "10.0.0.0/8", "*:80"] {
+            let denying = policy(&["*.example"], &[denied]);
+            assert_eq!(looked_up(&denying, "a", 80).unwrap(), "a:80", "{denied}");
+        }
+    }
+
+    #[test]
+    fn ipv4_inside_ipv6_is_found_wherever_it_is() {
+        let denying = policy(&[], &["10.1.2.3"]);
+        for address in [
+            "::ffff:10.1.2.3",
+            "::10.1.2.3",
+            "::ffff:0:10.1.2.3",
+            "64:ff9b::10.1.2.3",
+            "64:ff9b:1::10.1.2.3",
+            "64:ff9b:1:7:0:7:10.1.2.3",
+            "64:ff9b:1:a01:2:300::",
+            "64:ff9b:1:ff0a:1:203::",
+            "64:ff9b:1:ffff:a:102:300:0",
+            "64:ff9b:1:a01:2:300::1",
+            "2002:a01:203::1",
+            "2001::f:f:f5fe:fdfc",
+            "fe80::5efe:10.1.2.3",
+            "2001:db8::200:5efe:10.1.2.3",
+        ] {
+            assert!(!may(&denying, address, address, 80), "{address}");
+        }
+        let address = "64:ff9b:1:a01:0:5efe:808:808";
+        assert!(!may(&policy(&[], &["10.1.0.94"]), address, address, 80));
+        assert!(!may(&policy(&[], &["8.8.8.8"]), address, address, 80));
+        for address in [
+            "64:ff9b:1::8.8.8.8",
+            "64:ff9b:1:808:8:800::",
+            "2001:db8::10.1.2.3",
+        ] {
+            assert!(may(&denying, address, address, 80), "{address}");
+            assert!(
+                may(&policy(&[], &["localhost"]), address, address, 80),
+                "{address}"
+            );
+        }
     }
 
     #[test]
@@ -438,6 +519,35 @@ mod tests {
             "https://a.example",
         ] {
             assert!(Rule::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    /// As it would be written in full.
+    fn printed(rule: &Rule) -> String {
+        let host = match &rule.hosts {
+            Hosts::Any => "*".to_owned(),
+            Hosts::Loopback => "localhost".to_owned(),
+            Hosts::Network(network) => network.to_string(),
+            Hosts::Name(name) => name.clone(),
+            Hosts::Suffix(suffix) => format!("*{suffix}"),
+        };
+        format!("[{host}]:{}-{}", rule.ports.start(), rule.ports.end())
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn a_rule_that_is_accepted_means_the_same_written_in_full(
+            text in proptest::prop_oneof![
+                "(\\*|\\*?\\.?[a-zA-Z0-9._-]{1,9}|[0-9]{1,3}(\\.[0-9]{1,3}){3}|\\[?[0-9a-f:.]{2,12}\\]?)(/[0-9]{1,3})?(:[0-9]{1,5}(-[0-9]{1,5})?)?",
+                "[ -~]{0,20}",
+            ]
+        ) {
+            if let Ok(rule) = Rule::parse(&text) {
+                let full = printed(&rule);
+                proptest::prop_assert_eq!(Rule::parse(&full), Ok(rule), "{}", full);
+            }
         }
     }
 }

@@ -1,22 +1,24 @@
 //! Threads that stay for a while when their work is done, as starting one costs more than a handshake.
 //!
-//! A job goes to a thread that waits for one, or else to a new thread; it never waits in a queue. A thread
-//! that waits in vain for two seconds ends.
+//! A job goes to a thread that waits for one, or else to a new thread. It waits in a queue only where the system
+//! refuses a new thread and another job was made to end for it. A thread that waits in vain for two seconds ends.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crate::lock::lock;
+use crate::checked::{Mutex, Receiver, SyncSender, lock, sync_channel, thread};
+use crate::limits::idle_threads;
 
 /// How long a thread waits for its next job.
 const IDLE: Duration = Duration::from_secs(2);
 
-/// The most threads that wait; one more ends at once.
-const MAX_IDLE: usize = 32;
+/// When the system last refused a thread to any pool. For a while after that no thread waits, as another pool may
+/// need it more. Loom has no mutex that can be static.
+static REFUSED: std::sync::Mutex<Option<Instant>> = std::sync::Mutex::new(None);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -25,14 +27,16 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Threads {
     name: &'static str,
     stack: usize,
-    waiting: Arc<Mutex<Waiting>>,
+    pool: Arc<Mutex<Pool>>,
 }
 
-/// The threads that wait, the last to come first to go.
-#[derive(Debug, Default)]
-struct Waiting {
-    threads: Vec<(u64, SyncSender<Job>)>,
+#[derive(Default)]
+struct Pool {
+    /// The threads that wait, the last to come first to go.
+    idle: Vec<(u64, SyncSender<Job>)>,
     next_id: u64,
+    /// The jobs that wait. While there are any, a thread is at work that will take them.
+    queue: VecDeque<Job>,
 }
 
 impl Threads {
@@ -41,7 +45,7 @@ impl Threads {
         Threads {
             name,
             stack,
-            waiting: Arc::default(),
+            pool: Arc::default(),
         }
     }
 
@@ -50,68 +54,136 @@ impl Threads {
     /// # Errors
     /// When no thread waits and the system refuses a new one. The job is dropped.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let mut job: Job = Box::new(job);
-        while let Some((_, thread)) = { lock(&self.waiting).threads.pop() } {
+        self.start(Box::new(job)).map_err(|(error, _)| error)
+    }
+
+    /// The same; but where the system refuses a thread and `end_another` makes the job of one of these threads end
+    /// soon, this one waits for it.
+    ///
+    /// # Errors
+    /// When no thread waits, the system refuses a new one, and `end_another` is `false`. The job is dropped.
+    pub fn run_or_queue(
+        &self,
+        job: impl FnOnce() + Send + 'static,
+        end_another: impl FnOnce() -> bool,
+    ) -> io::Result<()> {
+        let Err((error, job)) = self.start(Box::new(job)) else {
+            return Ok(());
+        };
+        if self.queue(job, end_another) {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    }
+
+    /// Has `job` wait for the thread whose job `end_another` makes end, if it does. Otherwise the job is dropped.
+    fn queue(&self, job: Job, end_another: impl FnOnce() -> bool) -> bool {
+        // With the lock held, so that the thread whose job ends finds this one.
+        let mut pool = lock(&self.pool);
+        let one_ends = end_another();
+        if one_ends {
+            pool.queue.push_back(job);
+        }
+        one_ends
+    }
+
+    fn start(&self, mut job: Job) -> Result<(), (io::Error, Job)> {
+        while let Some((_, thread)) = { lock(&self.pool).idle.pop() } {
             match thread.send(job) {
                 Ok(()) => return Ok(()),
                 Err(error) => job = error.0,
             }
         }
-        let waiting = Arc::clone(&self.waiting);
+        // A thread that could not start gives nothing back, so the job follows it.
+        let (sender, first) = sync_channel(1);
+        let pool = Arc::clone(&self.pool);
         let thread = thread::Builder::new()
             .name(self.name.into())
             .stack_size(self.stack);
-        thread.spawn(move || work(job, &waiting)).map(drop)
+        let started = thread.spawn(move || work(&first, &pool));
+        match started {
+            Ok(_) => sender.send(job).map_err(|error| {
+                let ended = io::Error::other("the new thread has ended");
+                (ended, error.0)
+            }),
+            Err(error) => {
+                *crate::lock::lock(&REFUSED) = Some(Instant::now());
+                Err((error, job))
+            }
+        }
     }
 }
 
-fn work(first: Job, waiting: &Mutex<Waiting>) {
-    let mut next = Some(first);
+fn work(first: &Receiver<Job>, pool: &Mutex<Pool>) {
+    let mut next = first.recv().ok();
     while let Some(job) = next.take() {
         // The panic itself is reported by the panic hook.
         let _ = catch_unwind(AssertUnwindSafe(job));
-        next = next_job(waiting);
+        next = next_job(pool);
     }
 }
 
 /// Not inlined, as its frame would lie under every job and make each idle thread a page larger.
 #[inline(never)]
-fn next_job(waiting: &Mutex<Waiting>) -> Option<Job> {
-    let (id, jobs) = announce(waiting)?;
+fn next_job(pool: &Mutex<Pool>) -> Option<Job> {
+    let (id, jobs) = match lock(pool).next()? {
+        Next::Job(job) => return Some(job),
+        Next::Wait(id, jobs) => (id, jobs),
+    };
     if let Ok(job) = jobs.recv_timeout(IDLE) {
         return Some(job);
     }
-    let mut waiting = lock(waiting);
-    match waiting
-        .threads
-        .iter()
-        .position(|(waiting, _)| *waiting == id)
-    {
+    let mut pool = lock(pool);
+    match pool.idle.iter().position(|(idle, _)| *idle == id) {
         Some(position) => {
-            waiting.threads.remove(position);
+            pool.idle.remove(position);
             None
         }
         // Somebody took this thread at the last moment and is about to send.
         None => {
-            drop(waiting);
+            drop(pool);
             jobs.recv().ok()
         }
     }
 }
 
-fn announce(waiting: &Mutex<Waiting>) -> Option<(u64, Receiver<Job>)> {
-    let mut waiting = lock(waiting);
-    if waiting.threads.len() >= MAX_IDLE {
-        return None;
-    }
-    let (sender, receiver) = sync_channel(1);
-    let id = waiting.next_id;
-    waiting.next_id += 1;
-    waiting.threads.push((id, sender));
-    Some((id, receiver))
+/// What a thread does when its job is done, if it does not end.
+enum Next {
+    Job(Job),
+    Wait(u64, Receiver<Job>),
 }
 
-#[cfg(test)]
+impl Pool {
+    fn next(&mut self) -> Option<Next> {
+        if let Some(job) = self.queue.pop_front() {
+            return Some(Next::Job(job));
+        }
+        if self.idle.len() >= idle_threads() || are_scarce() {
+            return None;
+        }
+        let (sender, receiver) = sync_channel(1);
+        let id = self.next_id;
+        self.next_id += 1;
+        self.idle.push((id, sender));
+        Some(Next::Wait(id, receiver))
+    }
+}
+
+fn are_scarce() -> bool {
+    crate::lock::lock(&REFUSED).is_some_and(|refused| refused.elapsed() < IDLE)
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} idle, {} queued", self.idle.len(), self.queue.len())
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models;
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::mpsc::channel;
@@ -124,20 +196,52 @@ mod tests {
             .run(move || sender.send(thread::current().id()).unwrap())
             .unwrap();
         let id = receiver.recv().unwrap();
-        while lock(&threads.waiting).threads.is_empty() {
+        while lock(&threads.pool).idle.is_empty() {
             thread::yield_now();
         }
         id
     }
 
+    /// What is true of the whole process is for one test at a time.
+    static REFUSALS: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn a_job_without_a_thread_waits_for_the_one_that_was_made_to_end() {
+        let _alone = lock(&REFUSALS);
+        let mut threads = Threads::new("test", 64 * 1024);
+        let (sender, receiver) = channel();
+        let (end, ended) = channel::<()>();
+        let tell = sender.clone();
+        let first = move || {
+            tell.send(thread::current().id()).unwrap();
+            let _ = ended.recv();
+        };
+        threads.run(first).unwrap();
+        let first = receiver.recv().unwrap();
+        // No address space has room for such a stack.
+        threads.stack = 1 << 56;
+        assert!(threads.run(|| ()).is_err());
+        assert!(threads.run_or_queue(|| (), || false).is_err());
+        let second = move || sender.send(thread::current().id()).unwrap();
+        let make_room = || {
+            drop(end);
+            true
+        };
+        threads.run_or_queue(second, make_room).unwrap();
+        assert_eq!(receiver.recv().unwrap(), first);
+        assert!(are_scarce());
+        *lock(&super::REFUSED) = None;
+    }
+
     #[test]
     fn a_thread_is_used_again_also_after_a_panic() {
+        let _alone = lock(&REFUSALS);
         let threads = Threads::new("test", 64 * 1024);
         let first = thread_of(&threads);
         threads
             .run(|| std::panic::resume_unwind(Box::new(1)))
             .unwrap();
-        while lock(&threads.waiting).threads.is_empty() {
+        while lock(&threads.pool).idle.is_empty() {
             thread::yield_now();
         }
         assert_eq!(thread_of(&threads), first);

@@ -45,6 +45,16 @@ async def half_close():
         print("our close, then the target's answer:", (await websocket.recv()).decode())
 
 
+async def failure():
+    """A program that fails inside its block, in the middle of an upload: websockets sends a Close 1011."""
+    try:
+        async with tunnel() as websocket:
+            await send(websocket, b"L" + bytes(1 << 20))
+            raise RuntimeError
+    except RuntimeError:
+        print("a program that failed:", websocket.close_code)
+
+
 async def end(what):
     """What comes until the end, and the end's code."""
     received = b""
@@ -60,6 +70,7 @@ async def end(what):
 async def main():
     await both_ways()
     await half_close()
+    await failure()
     print("the target's end:", await end(b"B"))
     print("the target's reset:", await end(b"R"))
     try:

@@ -45,8 +45,12 @@ python_websockets() {
     TUNNELD_ACCESS_TOKEN=$token timeout 120 target/venv/bin/python scripts/e2e/client.py "$url?port=$test_port" \
         >"$work/out" 2>&1
     seen "50 MiB each way, then our close: 1000" "our close, then the target's answer: 3 bytes came" \
-        "the target's end: bye 1000" "the target's reset:  1011" &&
-        grep -q '^a wrong token: 401 {"code":401' "$work/out"
+        "the target's end: bye 1000" "the target's reset:  1011" "a program that failed: 1011" &&
+        grep -q '^a wrong token: 401 {"code":401' "$work/out" || return
+    # The program that failed, as its target and the daemon have seen it.
+    wait_for "the target's word" grep -q "the input" "$work/target.log" && cat "$work/target.log" &&
+        ! grep -v "the input was reset" "$work/target.log" &&
+        wait_for "its end" grep -q "end=client_aborted" "$work/tunneld.log"
 }
 
 node_ws() {

@@ -1,19 +1,26 @@
 #!/usr/bin/env python3
 """A web page as a client: page.py PORT TARGET_PORT TUNNELD_PORT serves it, prints what it reports, and ends.
 
-The target is target.py. The daemon allows the page's origin, http://127.0.0.1:PORT.
+The target is target.py. The daemon allows the page's origin, http://127.0.0.1:PORT, or takes the token in
+TUNNELD_ACCESS_TOKEN.
 """
 
 import http.server
+import json
+import os
 import sys
 
 port, target, tunneld = sys.argv[1:4]
+token = json.dumps(os.environ.get("TUNNELD_ACCESS_TOKEN"))
 
 PAGE = f"""<!doctype html><title>tunnel</title><script>
 const url = "ws://127.0.0.1:{tunneld}/tunnel?port={target}";
+const token = {token};
+const base64url = (text) => btoa(text).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+const protocols = token ? ["binary", "base64url.bearer.authorization.k8s.io." + base64url(token)] : [];
 function tunnel(what, opened = () => {{}}, arrived = () => {{}}) {{
   return new Promise((resolve) => {{
-    const socket = new WebSocket(url);
+    const socket = new WebSocket(url, protocols);
     socket.binaryType = "arraybuffer";
     const chunks = [];
     let length = 0;

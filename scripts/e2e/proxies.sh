@@ -2,7 +2,6 @@
 
 need nginx nginx
 need haproxy haproxy
-need openssl openssl
 
 start_proxied() { # two daemons that ping each second, a certificate, nginx and HAProxy; sets $nginx_port, $haproxy_port
     export TUNNELD_ACCESS_TOKEN=$token
@@ -11,9 +10,7 @@ start_proxied() { # two daemons that ping each second, a certificate, nginx and 
     unset TUNNELD_ACCESS_TOKEN
     local a b
     a=$(listening_port proxied-a) && b=$(listening_port proxied-b) || return
-    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 \
-        -addext basicConstraints=critical,CA:FALSE \
-        -keyout "$work/tls.key" -out "$work/tls.pem" 2>/dev/null || return
+    once make_certificate || return
     cat "$work/tls.pem" "$work/tls.key" >"$work/both.pem"
     nginx_port=$(free_port) && haproxy_port=$(free_port)
     {
@@ -49,18 +46,18 @@ through() { # through BASE: all of it through one proxy, at localhost:PORT/PATH
     # Idle for longer than the proxy allows, and then it still carries.
     { printf E; sleep 5; printf later; } | wss "wss://$base?port=$test_port" >"$work/out" && [ "$(cat "$work/out")" = later ] ||
         { echo "idle: $(cat "$work/out")"; return 1; }
-    closed=$(free_port)
+    closed=1 # nobody is given that port
     [ "$(status_of "https://$base?port=$closed" "$token")" = 502 ] && expect "$work/body" "Connection refused" || return
-    [ "$(status_of "https://$base?port=0" "$token")" = 400 ] && expect "$work/body" "parameter port" || return
+    [ "$(status_of "https://$base?port=0" "$token")" = 400 ] && expect "$work/body" "is not a valid port" || return
     [ "$(status_of "https://$base?port=1" wrong)" = 401 ] && expect "$work/body" "X-Access-Token" || return
     [ "$(status_of "https://${base%tunnel}nothing" "$token")" = 404 ] || return
     local answer=(timeout 10 curl -sS -o "$work/body" -w '%{http_code}' --cacert "$work/tls.pem" --http1.1 -H "$header")
     [ "$("${answer[@]}" "https://$base?port=1")" = 426 ] && [ "$("${answer[@]}" -X POST "https://$base?port=1")" = 405 ]
 }
 
-through_nginx() { start_proxied && through "localhost:$nginx_port/tunnel"; }
+through_nginx() { once start_proxied && through "localhost:$nginx_port/tunnel"; }
 
-through_haproxy() { through "localhost:$haproxy_port/a/tunnel" && through "localhost:$haproxy_port/b/tunnel"; }
+through_haproxy() { once start_proxied && through "localhost:$haproxy_port/a/tunnel" && through "localhost:$haproxy_port/b/tunnel"; }
 
 two_daemons() { # each sandbox got its own
     local which

@@ -5,6 +5,7 @@ need psql postgresql-client
 need initdb postgresql
 need rsync rsync
 need git git
+need openssl openssl
 
 postgres_bin=$(echo /usr/lib/postgresql/*/bin)
 postgres_bin=${postgres_bin##* }
@@ -13,15 +14,25 @@ as_postgres() { # PostgreSQL refuses to run as root
     if [ "$(id -u)" = 0 ]; then setpriv --reuid=postgres --regid=postgres --init-groups "$@"; else "$@"; fi
 }
 
-start_postgres() { # sets $postgres_port
+make_certificate() { # for localhost: $work/tls.pem and tls.key
+    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 \
+        -addext basicConstraints=critical,CA:FALSE -keyout "$work/tls.key" -out "$work/tls.pem" 2>/dev/null
+}
+
+start_postgres() { # with TLS for who asks for it; sets $postgres_port
+    once make_certificate || return
     postgres_port=$(free_port)
     local data=$work/postgres
     mkdir "$data" && chmod 711 "$work" || return
     [ "$(id -u)" != 0 ] || chown postgres "$data"
     as_postgres "$postgres_bin/initdb" -A trust -U postgres -D "$data" >"$work/initdb.log" 2>&1 ||
         { cat "$work/initdb.log"; return 1; }
+    cp "$work/tls.pem" "$work/tls.key" "$data/" && chmod 600 "$data/tls.key" || return
+    [ "$(id -u)" != 0 ] || chown postgres "$data/tls.pem" "$data/tls.key"
+    export PGUSER=postgres PGHOST=127.0.0.1 PGSSLMODE=disable
     start postgres setpriv --reuid=postgres --regid=postgres --init-groups "$postgres_bin/postgres" -D "$data" \
-        -p "$postgres_port" -k "$data" -c listen_addresses=127.0.0.1 -c fsync=off
+        -p "$postgres_port" -k "$data" -c listen_addresses=127.0.0.1 -c fsync=off \
+        -c ssl=on -c ssl_cert_file=tls.pem -c ssl_key_file=tls.key
     wait_for "PostgreSQL answers" pg_isready -q -h 127.0.0.1 -p "$postgres_port"
 }
 
@@ -37,25 +48,42 @@ sums() { # sums PORT DATABASE: a checksum of every table
 }
 
 make_database() { # of about 100 MB
-    start_postgres || return
-    export PGUSER=postgres PGHOST=127.0.0.1
+    once start_postgres || return
     sql "$postgres_port" postgres "create database source" &&
         timeout 60 pgbench -q -i -s 7 -p "$postgres_port" source >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
     [ "$(sql "$postgres_port" source "select pg_database_size('source') > 100e6")" = t ]
 }
 
+source_database() { once make_database; }
+
 postgres() { # dumped and restored through tunnels
-    local_listener "$postgres_port" && sql "$local_port" postgres "create database copy_$via" || return
-    timeout 120 pg_dump -Fc -p "$local_port" source | timeout 120 pg_restore -p "$local_port" -d "copy_$via" || return
-    sums "$postgres_port" source >"$work/direct" && sums "$local_port" "copy_$via" >"$work/tunneled" &&
+    local copy=copy_${via//-/_}
+    once make_database && local_listener "$postgres_port" && sql "$local_port" postgres "create database $copy" || return
+    timeout 120 pg_dump -Fc -p "$local_port" source | timeout 120 pg_restore -p "$local_port" -d "$copy" || return
+    sums "$postgres_port" source >"$work/direct" && sums "$local_port" "$copy" >"$work/tunneled" &&
         cmp "$work/direct" "$work/tunneled" && [ -s "$work/direct" ] || return
-    timeout 60 pgbench -n -c 4 -T 3 -p "$local_port" "copy_$via" >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
+    timeout 60 pgbench -n -c 4 -T 3 -p "$local_port" "$copy" >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
     expect "$work/out" "number of failed transactions: 0"
+}
+
+postgres_tls() { # PostgreSQL resets a TLS session's connection behind its client's end: that is no alarm
+    once start_postgres && local_listener "$postgres_port" || return
+    local mark
+    mark=$(settled_mark "$postgres_port") || return
+    for _ in 1 2 3 4 5; do
+        PGSSLMODE=require sql "$local_port" postgres "select ssl from pg_stat_ssl where pid = pg_backend_pid()" >"$work/out" &&
+            expect "$work/out" t || return
+    done
+    PGSSLMODE=require sql "$local_port" postgres "select repeat('0123456789', 300000)" >"$work/out" &&
+        [ "$(wc -c <"$work/out")" -eq 3000001 ] || return
+    wait_for "every tunnel's end" has_ends 6 "$mark" "$postgres_port" && ends_since "$mark" "$postgres_port" &&
+        ! grep WARN "$work/local-$local_port.log" &&
+        ! tail -n +"$((mark + 1))" "$work/tunneld.log" | grep "WARN.*localhost:$postgres_port"
 }
 
 redis_subscription() {
     rm -f "$work/news"
-    local_listener "$redis_port" || return
+    once start_redis && local_listener "$redis_port" || return
     timeout 20 redis-cli -p "$local_port" subscribe news >"$work/news" &
     wait_for "the subscription stands" grep -q subscribe "$work/news" || return
     local n
@@ -64,6 +92,7 @@ redis_subscription() {
 }
 
 redis_pipeline() {
+    once start_redis && local_listener "$redis_port" || return
     local n
     for n in $(seq 20000); do printf 'SET key%d value%d\r\nGET key%d\r\n' "$n" "$n" "$n"; done >"$work/commands"
     timeout 60 redis-cli -p "$redis_port" --raw <"$work/commands" >"$work/direct" &&
@@ -72,16 +101,18 @@ redis_pipeline() {
 }
 
 ssh_rsync() {
+    once start_sshd || return
     mkdir -p "$work/tree" && cp -r src tests scripts "$work/tree/" && head -c 20M /dev/urandom >"$work/tree/large" || return
-    timeout 60 rsync -a -e "ssh -F $work/ssh_config" "$work/tree/" "sandbox:$work/there/" &&
-        timeout 60 rsync -a -e "ssh -F $work/ssh_config" "sandbox:$work/there/" "$work/here/" && diff -r "$work/tree" "$work/here"
+    timeout 60 rsync -a -e "ssh -F $work/ssh_connect" "$work/tree/" "sandbox:$work/there/" &&
+        timeout 60 rsync -a -e "ssh -F $work/ssh_connect" "sandbox:$work/there/" "$work/here/" && diff -r "$work/tree" "$work/here"
 }
 
 ssh_git() {
+    once start_sshd || return
     local repository=$work/repository
     git init -q "$repository" && cp -r src "$repository/" || return
     git -C "$repository" add -A && git -C "$repository" -c user.name=e2e -c user.email=e2e@localhost commit -qm first || return
-    GIT_SSH_COMMAND="ssh -F $work/ssh_config" timeout 60 git -c safe.directory='*' clone -q "sandbox:$repository" "$work/cloned" &&
+    GIT_SSH_COMMAND="ssh -F $work/ssh_connect" timeout 60 git -c safe.directory='*' clone -q "sandbox:$repository" "$work/cloned" &&
         diff -r "$repository/src" "$work/cloned/src" &&
         [ "$(git -C "$repository" rev-parse HEAD)" = "$(git -C "$work/cloned" rev-parse HEAD)" ]
 }
@@ -121,13 +152,16 @@ assert received == data
 EOF
 }
 
-check "PostgreSQL: a database of 100 MB" make_database
-for via in websocat connect; do
+check "PostgreSQL: a database of 100 MB" source_database
+for via in websocat connect connect-tcp; do
     check "PostgreSQL: dumped and restored, pgbench ($via)" postgres
     check "Redis: a subscription ($via)" redis_subscription
     check "Redis: 40,000 pipelined commands ($via)" redis_pipeline
     check "HTTP: two requests on one connection ($via)" http_keep_alive
     check "a WebSocket inside the tunnel ($via)" websocket_inside
+done
+for via in connect connect-tcp; do
+    check "PostgreSQL: over TLS, without an alarm ($via)" postgres_tls
 done
 via=websocat
 check "SSH: rsync of a tree there and back" ssh_rsync

@@ -2,7 +2,7 @@
 """A TCP target for test clients: target.py PORT
 
 What it does with a connection is its first byte: E sends back everything that comes, and its end; A answers once
-the input has ended; B says bye and ends; R resets.
+the input has ended; B says bye and ends; L prints how its input ended; R resets.
 """
 
 import socket
@@ -27,6 +27,13 @@ def serve(peer):
                 peer.shutdown(socket.SHUT_WR)
                 while peer.recv(1 << 18):
                     pass
+            case b"L":
+                try:
+                    while peer.recv(1 << 18):
+                        pass
+                    print("the input ended", flush=True)
+                except ConnectionResetError:
+                    print("the input was reset", flush=True)
             case b"R":
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

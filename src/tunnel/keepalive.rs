@@ -1,166 +1,362 @@
 //! Thread 3: the tunnel's clocks. It pings, finds the dead, spares the slow, and ends what lingers.
 //!
-//! A call that blocks can't be given a timeout from outside, so the deadlines of all three threads are here;
-//! the other two are woken by `shutdown` on their socket. Times are the tunnel's age.
+//! [`Clocks::step`] decides, and knows nothing but its arguments; [`watch`] around it waits and does. A call that
+//! blocks can't be given a timeout from outside, so the deadlines of all three threads are here. Times are the
+//! tunnel's age.
 
-use std::net::{Shutdown, TcpStream};
+use std::io;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::sockopt;
-use tungstenite::protocol::frame::coding::CloseCode;
 
-use super::client::ClientWriter;
-use super::state::{Cut, Ends, State};
-use super::target::TargetSocket;
-use crate::config::Times;
+use super::ends::{Cut, Endpoint, Ends, Farewell, FromStreamEnd, ToStreamEnd};
+use super::stream::Stream;
+use super::transfer::WriteFailure;
+use super::{Times, Tunnel};
+use crate::os;
 
-/// How long a client may take for its Close when the daemon shuts down. At 20 KiB/s, what may lie before ours
+/// How long a peer may take for a Close that ends a tunnel from our side. At 20 KiB/s, what may lie before ours
 /// takes it as long. With the default grace this is less than the 10 s that container engines wait.
-pub const CLOSE_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const CLOSE_LIMIT: Duration = Duration::from_secs(3);
 
-/// What the clocks watch over.
+/// How long what a broken connection had brought may take to be given on.
+const SETTLE_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long the peer's last bytes may take to arrive before its connection is reset, from the last of them.
+const ARRIVAL_LIMIT: Duration = Duration::from_millis(900);
+
+/// The same where nobody can tell what has arrived.
+const BLIND_ARRIVAL_LIMIT: Duration = Duration::from_millis(200);
+
+/// How long the threads of a tunnel that was cut may take to end. They are woken, so it is long.
+const CUT_LIMIT: Duration = Duration::from_millis(500);
+
+/// The first wait between two looks at what has been acknowledged, and the longest.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// How late a wait may end on a busy machine.
+const LATE: Duration = Duration::from_millis(20);
+
+/// The clocks look at a tunnel at least this often, or twice in each linger if that is longer: an orderly end of one
+/// direction wakes nobody.
+const LOOK_AT_LEAST: Duration = Duration::from_millis(50);
+
+/// How far a tunnel's end has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Both directions are open.
+    Open,
+    /// The peer's orderly end has come, and the stream goes on for as long as it likes.
+    PeerClosed,
+    /// The stream's orderly end was sent on, and the peer owes its own.
+    StreamEnded,
+    /// Both sides have sent their Close, and the server is to close the connection.
+    BothClosed,
+    /// The peer is told by a reset that the tunnel is broken off, as soon as what had come from the stream has
+    /// arrived.
+    Aborting {
+        /// Whether all that had come from the stream was sent.
+        all_sent: bool,
+    },
+    /// The peer's connection is broken. What it brought before is given on.
+    PeerBroken {
+        /// Whether the peer had ended it in order before, so that what it brought may be all it had to say.
+        after_eof: bool,
+        /// Whether that has been given on.
+        is_given: bool,
+    },
+    /// A Close that ends the tunnel is on its way.
+    Closing,
+    /// The tunnel is cut, and its threads are about to end.
+    Cut,
+}
+
+impl Phase {
+    /// The first row that fits counts.
+    pub(super) fn of(endpoint: Endpoint, ends: &Ends) -> Phase {
+        use FromStreamEnd as From;
+        use ToStreamEnd as To;
+        let broken = Phase::PeerBroken {
+            after_eof: ends.peer_eof,
+            is_given: ends.to_stream.is_some(),
+        };
+        let waits_for_eof = endpoint.role.waits_for_eof();
+        let told = if endpoint.protocol.has_words() {
+            Phase::Closing
+        } else {
+            Phase::Aborting {
+                all_sent: ends.from_stream.is_some(),
+            }
+        };
+        match (&ends.to_stream, &ends.from_stream) {
+            _ if ends.is_cut => Phase::Cut,
+            _ if matches!(ends.cut, Some(Cut::Shutdown | Cut::Idle)) => told,
+            // A client is told why, and has the time to read it, whatever it has still sent.
+            (_, Some(From::StreamFailed(_))) if endpoint.tells_failures() => Phase::Closing,
+            (_, from) if ends.undelivered.is_some() => Phase::Aborting {
+                all_sent: from.is_some(),
+            },
+            (Some(To::PeerAborted(..) | To::Refused(_)), _) | (_, Some(From::StreamFailed(_))) => {
+                told
+            }
+            _ if ends.peer_broke => broken,
+            (_, Some(From::PeerGone(_))) | (Some(To::Vanished(_)), _) => broken,
+            // The server has closed its connection. Our Close may have been sent before, and isn't noted yet.
+            (Some(To::Closed), None) if waits_for_eof => Phase::PeerBroken {
+                after_eof: false,
+                is_given: false,
+            },
+            (_, Some(From::Eof)) if ends.peer_closed && waits_for_eof => Phase::BothClosed,
+            _ if ends.peer_closed => Phase::PeerClosed,
+            (_, Some(From::Eof)) => Phase::StreamEnded,
+            _ => Phase::Open,
+        }
+    }
+}
+
+/// What the clocks judge by.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Seen {
+    /// When the peer's last bytes came.
+    pub(super) last_read: Duration,
+    /// When the peer last took bytes that had waited for it.
+    pub(super) last_blocked_write: Duration,
+    /// When a payload byte last moved, in either direction.
+    pub(super) last_payload: Duration,
+    /// The stream is being waited for, so that nothing is read from the peer.
+    pub(super) blocked_on_stream: bool,
+    /// Bytes of the peer's lie unread.
+    pub(super) unread: bool,
+    /// A ping waits behind other bytes to be sent.
+    pub(super) ping_pending: bool,
+    /// When the last ping was sent.
+    pub(super) ping_written: Duration,
+    /// Nothing was sent since the last answered ping.
+    pub(super) all_ponged: bool,
+    /// When something last changed that makes a phase.
+    pub(super) changed_at: Duration,
+    /// What the peer has not acknowledged of what was sent to it.
+    pub(super) unacknowledged: Unacknowledged,
+}
+
+/// It takes long to find out, so it is only asked when a step wants to know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Unacknowledged {
+    #[default]
+    NotAsked,
+    /// The system can't tell.
+    Unknown,
+    Bytes(u64),
+}
+
+impl Seen {
+    fn last_life(&self) -> Duration {
+        self.last_read.max(self.last_blocked_write)
+    }
+}
+
+/// What is to be done next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Nothing before this time.
+    Wait(Duration),
+    /// A ping, and then to ask again.
+    Ping,
+    /// To find out what is unacknowledged, and then to ask again.
+    Look,
+    /// To end the tunnel.
+    Cut(Cut),
+    /// To leave it: a thread waits where it can't be woken, in a write to stdout.
+    Leave,
+}
+
+/// The clocks of one tunnel.
 #[derive(Debug)]
-pub struct Keepalive<'a> {
-    client: &'a TcpStream,
-    target: &'a TargetSocket,
-    writer: &'a ClientWriter,
-    state: &'a State,
+pub(super) struct Clocks {
+    endpoint: Endpoint,
     times: Times,
     next_ping: Duration,
     unanswered: Option<Unanswered>,
-    /// When the linger began: with the first end of a direction, and again once it is over.
-    lingers_since: Option<Duration>,
+    /// How much time since the peer's last sign of life doesn't count, as we stood still.
+    forgiven: Duration,
+    last_life: Duration,
+    /// The same for the time since the last payload byte.
+    idle_forgiven: Duration,
+    last_payload: Duration,
+    phase: Phase,
+    /// When the phase began.
+    since: Duration,
+    look_again: Duration,
+    least_unacknowledged: Option<u64>,
 }
 
-/// The oldest ping since the client's last sign of life.
+/// The oldest ping since the peer's last sign of life.
 #[derive(Debug, Clone, Copy)]
-enum Unanswered {
-    /// Written at this time.
-    Written(Duration),
-    /// Not written, as bytes were on their way at this time.
-    Skipped(Duration),
+struct Unanswered {
+    /// When it was due. What came since then answers it.
+    since: Duration,
+    /// When it was sent, which is later if bytes were on their way.
+    written: Option<Duration>,
+    /// How much its timeout is moved, as we stood still.
+    forgiven: Duration,
 }
 
-impl<'a> Keepalive<'a> {
-    /// The clocks of a tunnel that begins now.
-    pub fn new(
-        client: &'a TcpStream,
-        target: &'a TargetSocket,
-        writer: &'a ClientWriter,
-        state: &'a State,
-        times: Times,
-    ) -> Keepalive<'a> {
-        let next_ping = times.ping_interval;
-        Keepalive {
-            client,
-            target,
-            writer,
-            state,
+impl Clocks {
+    /// Those of a tunnel that begins now.
+    pub(super) fn new(endpoint: Endpoint, times: Times) -> Clocks {
+        Clocks {
+            endpoint,
+            next_ping: times.ping_interval,
             times,
-            next_ping,
             unanswered: None,
-            lingers_since: None,
+            forgiven: Duration::ZERO,
+            last_life: Duration::ZERO,
+            idle_forgiven: Duration::ZERO,
+            last_payload: Duration::ZERO,
+            phase: Phase::Open,
+            since: Duration::ZERO,
+            look_again: LOOK_AGAIN.0,
+            least_unacknowledged: None,
         }
     }
 
-    /// Runs until both directions have ended.
-    pub fn run(mut self) {
-        let mut ends = self.state.ends();
-        while ends.inbound.is_none() || ends.outbound.is_none() {
-            if ends.shutdown && ends.cut.is_none() {
-                self.cut_in_order(
-                    Cut::Shutdown,
-                    CloseCode::Away,
-                    "the daemon is shutting down",
-                    &mut ends,
-                );
+    /// The wait that a step asked for ended so much too late: the process stood still, in a frozen container for
+    /// example, or was kept from running. Deadlines move by as much.
+    pub(super) fn note_late(&mut self, by: Duration) {
+        self.next_ping += by;
+        self.since += by;
+        self.forgiven += by;
+        self.idle_forgiven += by;
+        if let Some(ping) = &mut self.unanswered {
+            ping.forgiven += by;
+        }
+    }
+
+    /// What is to be done at `now`, when this was `seen`.
+    pub(super) fn step(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Step {
+        if *phase != self.phase {
+            self.phase = phase.clone();
+            self.since = seen.changed_at.min(now);
+            self.look_again = LOOK_AGAIN.0;
+            if *phase == Phase::StreamEnded {
+                let soon = self.since + self.linger_ping_interval();
+                self.next_ping = self.next_ping.min(soon);
             }
-            let is_ending = ends.inbound.is_some() || ends.outbound.is_some() || ends.cut.is_some();
-            let next = if is_ending {
-                self.linger(&mut ends)
-            } else {
-                let linger = self.times.linger.max(Duration::from_millis(100));
-                self.watch(&mut ends).min(self.state.age() + linger)
-            };
-            ends = self.state.wait(ends, next);
+        }
+        let life = seen.last_life();
+        if life > self.last_life {
+            self.last_life = life;
+            self.forgiven = Duration::ZERO;
+        }
+        if seen.last_payload > self.last_payload {
+            self.last_payload = seen.last_payload;
+            self.idle_forgiven = Duration::ZERO;
+        }
+        let step = self.step_in(now, seen, phase);
+        match (self.idle_deadline(phase), step) {
+            (Some(deadline), Step::Wait(until)) if now < deadline => {
+                Step::Wait(until.min(deadline))
+            }
+            (Some(deadline), Step::Wait(_) | Step::Ping | Step::Look) if now >= deadline => {
+                Step::Cut(Cut::Idle)
+            }
+            (_, step) => step,
         }
     }
 
-    /// A direction has ended; the other goes on while bytes move. When the linger is over, the tunnel is
-    /// ended in order; when it is over once more, by force. Returns when to look again.
-    fn linger(&mut self, ends: &mut Ends) -> Duration {
-        let now = self.state.age();
-        let since = *self.lingers_since.get_or_insert(ends.first.unwrap_or(now));
-        let deadline = match ends.cut {
-            Some(Cut::Shutdown) => since + CLOSE_LIMIT,
-            _ => since.max(self.state.last_moved()) + self.times.linger,
-        };
+    /// When a tunnel in this phase is idle for too long, if nothing moves until then.
+    fn idle_deadline(&self, phase: &Phase) -> Option<Duration> {
+        let may_go_on = matches!(phase, Phase::Open | Phase::PeerClosed | Phase::StreamEnded);
+        let limit = self.times.idle_timeout.filter(|_| may_go_on)?;
+        Some(self.last_payload + self.idle_forgiven + limit)
+    }
+
+    fn step_in(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Step {
+        match phase {
+            Phase::Open => self.open(now, seen),
+            Phase::PeerClosed => self.ping_or(now, self.times.ping_interval, Duration::MAX),
+            Phase::StreamEnded if self.endpoint.waits_for_end() => Step::Wait(Duration::MAX),
+            Phase::StreamEnded => self.stream_ended(now, seen),
+            Phase::BothClosed => self.until(now, self.since + self.times.linger, Cut::LeftOpen),
+            Phase::Aborting { all_sent } => self.aborting(now, seen, *all_sent),
+            Phase::PeerBroken { is_given: true, .. } => Step::Cut(Cut::PeerBroken),
+            Phase::PeerBroken {
+                after_eof: true, ..
+            } => {
+                let last = self.since.max(seen.last_payload);
+                self.until(now, last + self.times.stall_timeout, Cut::PeerBroken)
+            }
+            Phase::PeerBroken { .. } => self.until(now, self.since + SETTLE_LIMIT, Cut::PeerBroken),
+            Phase::Closing => self.until(now, self.since + CLOSE_LIMIT, Cut::CloseTimeout),
+            Phase::Cut if now < self.since + CUT_LIMIT => Step::Wait(self.since + CUT_LIMIT),
+            Phase::Cut => Step::Leave,
+        }
+    }
+
+    fn until(&self, now: Duration, deadline: Duration, cut: Cut) -> Step {
         if now < deadline {
-            return deadline;
-        }
-        if ends.cut.is_none() {
-            self.cut_in_order(
-                Cut::Linger,
-                CloseCode::Error,
-                "the target did not end in time",
-                ends,
-            );
-            let _ = self.client.shutdown(Shutdown::Read);
+            Step::Wait(deadline)
         } else {
-            let _ = self.client.shutdown(Shutdown::Both);
+            Step::Cut(cut)
         }
-        self.lingers_since = Some(now);
-        now + self.times.linger.max(Duration::from_secs(1))
     }
 
-    /// Wakes outbound, which sends the Close. Inbound gives nothing more to the target.
-    fn cut_in_order(&self, cut: Cut, code: CloseCode, reason: &str, ends: &mut Ends) {
-        ends.cut = Some(cut);
-        self.writer.set_close(code, reason);
-        self.target.break_off();
-    }
-
-    /// Both directions are open: ping, and judge what comes of it. Returns when to look again.
-    fn watch(&mut self, ends: &mut Ends) -> Duration {
-        let now = self.state.age();
-        let look_again = self.judge(now);
-        let pinged = look_again.and_then(|_| {
-            if now >= self.next_ping {
-                self.ping(now)
-            } else {
-                Ok(())
-            }
+    fn ping_or(&mut self, now: Duration, interval: Duration, wait: Duration) -> Step {
+        if now < self.next_ping {
+            return Step::Wait(wait.min(self.next_ping));
+        }
+        self.next_ping = now + interval;
+        self.unanswered.get_or_insert(Unanswered {
+            since: now,
+            written: None,
+            forgiven: Duration::ZERO,
         });
-        match (look_again, pinged) {
-            (Ok(later), Ok(())) => later.min(self.next_ping),
-            (Err(cut), _) | (_, Err(cut)) => {
-                self.give_up(cut, ends);
-                now
-            }
+        Step::Ping
+    }
+
+    fn open(&mut self, now: Duration, seen: &Seen) -> Step {
+        if !self.endpoint.protocol.has_pongs() {
+            return self.ping_or(now, self.times.ping_interval, Duration::MAX);
+        }
+        match self.judge(now, seen) {
+            Ok(wait) => self.ping_or(now, self.times.ping_interval, wait),
+            Err(cut) => Step::Cut(cut),
         }
     }
 
-    /// Whether the client counts as dead, or else when to ask again.
-    fn judge(&mut self, now: Duration) -> Result<Duration, Cut> {
-        let (Some(Unanswered::Written(since)) | Some(Unanswered::Skipped(since))) = self.unanswered
-        else {
+    /// Whether the peer counts as dead, or else when to ask again.
+    fn judge(&mut self, now: Duration, seen: &Seen) -> Result<Duration, Cut> {
+        let Some(ping) = &mut self.unanswered else {
             return Ok(self.next_ping);
         };
-        if self.state.last_heard() >= since {
+        if !seen.ping_pending && seen.ping_written >= ping.since && ping.written.is_none() {
+            ping.written = Some(seen.ping_written);
+            ping.forgiven = Duration::ZERO;
+        }
+        let (since, written, forgiven) = (ping.since, ping.written, ping.forgiven);
+        let ping_timeout = self.times.ping_timeout;
+        // It can't be heard then. Asked first, as what blocks ends with a sign of life.
+        if seen.blocked_on_stream {
+            return Ok(now + ping_timeout);
+        }
+        if seen.last_read >= since {
             self.unanswered = None;
             return Ok(self.next_ping);
         }
-        let due = since + self.times.ping_timeout;
-        if self.state.is_parked() {
-            return Ok(due.max(now + self.times.ping_timeout));
-        }
+        let due = written.unwrap_or(since) + forgiven + ping_timeout;
         if now < due {
             return Ok(due);
         }
-        if matches!(self.unanswered, Some(Unanswered::Written(_))) && self.state.all_answered() {
+        // It has been sent, and is going to be heard.
+        if seen.unread {
+            return Ok(now + LATE);
+        }
+        if written.is_some() && seen.all_ponged {
             return Err(Cut::PongTimeout);
         }
-        let stalled = self.state.last_life() + self.times.stall_timeout;
+        let stalled = self.last_life + self.forgiven + self.times.stall_timeout;
         if now < stalled {
             Ok(stalled)
         } else {
@@ -168,23 +364,326 @@ impl<'a> Keepalive<'a> {
         }
     }
 
-    fn ping(&mut self, now: Duration) -> Result<(), Cut> {
-        self.next_ping = now + self.times.ping_interval;
-        let written = self.writer.try_ping().map_err(|_| Cut::PingFailed)?;
-        log::debug!("ping: id={} written={written}", self.state.id);
-        self.unanswered = match (self.unanswered, written) {
-            (None | Some(Unanswered::Skipped(_)), true) => Some(Unanswered::Written(now)),
-            (None, false) => Some(Unanswered::Skipped(now)),
-            (older, _) => older,
-        };
-        Ok(())
+    /// The peer has the linger from its last sign of life. It is pinged more often, as a pong is one, and as
+    /// long as bytes lie before it, those it takes are.
+    fn stream_ended(&mut self, now: Duration, seen: &Seen) -> Step {
+        let linger = self.times.linger;
+        let interval = self.linger_ping_interval();
+        let deadline = self.since.max(self.last_life + self.forgiven) + linger;
+        if now < deadline {
+            return self.ping_or(now, interval, deadline);
+        }
+        if seen.blocked_on_stream || seen.unread {
+            return self.ping_or(now, interval, now + linger.max(LATE));
+        }
+        match seen.unacknowledged {
+            Unacknowledged::NotAsked => Step::Look,
+            Unacknowledged::Bytes(left @ 1..) if self.takes_bytes(left) => {
+                self.last_life = now;
+                Step::Wait(now + linger)
+            }
+            _ => Step::Cut(Cut::Linger),
+        }
     }
 
-    /// The client is gone. What is still in our buffers for it can't reach it, hence a RST on both sides.
-    fn give_up(&self, cut: Cut, ends: &mut Ends) {
-        ends.cut = Some(cut);
-        let _ = sockopt::set_socket_linger(self.client, Some(Duration::ZERO));
-        let _ = self.client.shutdown(Shutdown::Both);
-        self.target.break_off();
+    fn linger_ping_interval(&self) -> Duration {
+        self.times
+            .ping_interval
+            .min(self.times.linger / 2)
+            .max(LATE)
+    }
+
+    /// Whether the peer has acknowledged bytes since this was asked last.
+    fn takes_bytes(&mut self, left: u64) -> bool {
+        let before = self.least_unacknowledged.replace(left);
+        before.is_none_or(|before| left < before)
+    }
+
+    fn aborting(&mut self, now: Duration, seen: &Seen, all_sent: bool) -> Step {
+        let last = self.since.max(seen.last_payload);
+        let deadline = match (all_sent, seen.unacknowledged) {
+            (true, Unacknowledged::NotAsked) => return Step::Look,
+            (true, Unacknowledged::Bytes(0)) => now,
+            (true, Unacknowledged::Unknown) => last + BLIND_ARRIVAL_LIMIT,
+            (true, Unacknowledged::Bytes(_)) | (false, _) => last + ARRIVAL_LIMIT,
+        };
+        if now >= deadline {
+            return Step::Cut(Cut::Aborted);
+        }
+        self.look_again_before(now, deadline)
+    }
+
+    fn look_again_before(&mut self, now: Duration, deadline: Duration) -> Step {
+        let wait = self.look_again;
+        self.look_again = (wait * 2).min(LOOK_AGAIN.1);
+        Step::Wait(deadline.min(now + wait))
     }
 }
+
+/// Watches over a tunnel until both of its directions have ended.
+pub(super) fn watch(tunnel: &Tunnel) {
+    let mut clocks = Clocks::new(tunnel.endpoint, tunnel.times);
+    // An error, or a hang-up in both directions, is told whether asked for or not.
+    let mut watched = Watched {
+        peer: Some(PollFlags::RDHUP),
+        stream: true,
+    };
+    while let Some(until) = next_wait(tunnel, &mut clocks) {
+        let happened = wait_until(tunnel, until, watched);
+        let late = tunnel.activity().age().saturating_sub(until);
+        if late > LATE {
+            clocks.note_late(late);
+        }
+        if happened.peer.intersects(PollFlags::HUP | PollFlags::ERR) {
+            watched.peer = None;
+            note_peer_broke(tunnel);
+        } else if happened.peer.contains(PollFlags::RDHUP) {
+            watched.peer = Some(PollFlags::empty());
+            tunnel.ends().peer_eof = true;
+        }
+        if happened.stream {
+            watched.stream = false;
+            tunnel.ends().stream_broke = true;
+        }
+    }
+}
+
+/// Does what is due. Returns until when to wait; `None` when the tunnel is over.
+fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
+    let mut unacknowledged = Unacknowledged::NotAsked;
+    loop {
+        let (phase, changed_at) = {
+            let mut ends = tunnel.ends();
+            let phase = Phase::of(tunnel.endpoint, &ends);
+            // A reset is yet to be sent, behind what is on its way.
+            let is_told = !matches!(phase, Phase::Aborting { .. });
+            if ends.are_over() && is_told {
+                return None;
+            }
+            if ends.is_stream_closed_early() && ends.undelivered.is_none() {
+                ends.undelivered = Some(WriteFailure::Closed);
+                ends.changed_at = tunnel.activity().age();
+                continue;
+            }
+            if ends.shutdown && ends.cut.is_none() {
+                ends.cut = Some(Cut::Shutdown);
+                ends.changed_at = tunnel.activity().age();
+                drop(ends);
+                close(tunnel, &Farewell::Shutdown);
+                continue;
+            }
+            (phase, ends.changed_at)
+        };
+        let now = tunnel.activity().age();
+        let seen = seen(tunnel, changed_at, unacknowledged);
+        match clocks.step(now, &seen, &phase) {
+            Step::Wait(until) => {
+                let at_least = now + (tunnel.times.linger / 2).max(LOOK_AT_LEAST);
+                return Some(until.min(at_least));
+            }
+            Step::Ping => {
+                log::debug!(id = tunnel.state.id; "ping");
+                tunnel.writer.ping();
+            }
+            Step::Look => {
+                unacknowledged = match os::unacknowledged(&tunnel.peer) {
+                    Some(count) => Unacknowledged::Bytes(count),
+                    None => Unacknowledged::Unknown,
+                };
+            }
+            Step::Leave => match tunnel.stream {
+                Stream::Stdio(_) => return None,
+                Stream::Tcp(_) => return Some(now + LOOK_AT_LEAST),
+            },
+            Step::Cut(cut) => {
+                log::debug!(id = tunnel.state.id, why:? = cut; "cut");
+                end(tunnel, cut);
+            }
+        }
+    }
+}
+
+fn seen(tunnel: &Tunnel, changed_at: Duration, unacknowledged: Unacknowledged) -> Seen {
+    let activity = tunnel.activity();
+    // Both before `last_read`, as what ends them sets that first; else neither they nor what came might be seen.
+    let blocked_on_stream = activity.is_blocked_on_stream();
+    let unread = !os::ready(&*tunnel.peer, PollFlags::IN).is_empty();
+    Seen {
+        last_read: activity.last_read(),
+        last_blocked_write: activity.last_blocked_write(),
+        last_payload: activity.last_payload(),
+        blocked_on_stream,
+        unread,
+        ping_pending: tunnel.writer.is_ping_pending(),
+        ping_written: activity.ping_written(),
+        all_ponged: activity.all_ponged(),
+        changed_at,
+        unacknowledged,
+    }
+}
+
+/// What is watched beside the tunnel's own changes.
+#[derive(Debug, Clone, Copy)]
+struct Watched {
+    /// Of the peer's connection.
+    peer: Option<PollFlags>,
+    /// Whether the stream's connection fails.
+    stream: bool,
+}
+
+impl Watched {
+    const NOTHING: Watched = Watched {
+        peer: None,
+        stream: false,
+    };
+}
+
+/// What happened of that.
+#[derive(Debug)]
+struct Happened {
+    peer: PollFlags,
+    stream: bool,
+}
+
+/// Waits for a change, until `until`, or for what is `watched`.
+fn wait_until(tunnel: &Tunnel, until: Duration, watched: Watched) -> Happened {
+    let limit = until.saturating_sub(tunnel.activity().age());
+    let stream = watched.stream.then(|| tunnel.stream.socket()).flatten();
+    let nothing = PollFlags::empty();
+    let mut fds = [None, None, None];
+    fds[0] = Some(PollFd::new(&tunnel.state.changed, PollFlags::IN));
+    fds[1] = watched.peer.map(|flags| PollFd::new(&*tunnel.peer, flags));
+    fds[2] = stream.as_deref().map(|stream| PollFd::new(stream, nothing));
+    let mut fds = fds.map(|fd| fd.unwrap_or(PollFd::new(&tunnel.state.changed, nothing)));
+    if os::wait(&mut fds, Some(limit)).is_err() {
+        // Without memory for it there is no waiting either, and spinning would make it worse.
+        std::thread::sleep(Duration::from_millis(10));
+        return Happened {
+            peer: nothing,
+            stream: false,
+        };
+    }
+    if !fds[0].revents().is_empty() {
+        tunnel.state.changed.clear();
+    }
+    Happened {
+        peer: fds[1].revents(),
+        stream: !fds[2].revents().is_empty(),
+    }
+}
+
+/// Takes note of why, if nobody else has been told yet. After a FIN a reset is EPIPE, without one it is ECONNRESET
+/// (tcp_reset in Linux). A splice that had moved some bytes swallows it. A Unix socket whose client has closed it has
+/// none, unless the client left something unread (unix_release_sock in Linux).
+fn note_peer_broke(tunnel: &Tunnel) {
+    let error = sockopt::socket_error(&*tunnel.peer)
+        .ok()
+        .and_then(Result::err);
+    tunnel.note_end(|ends| {
+        ends.peer_broke = true;
+        match error {
+            Some(Errno::PIPE) => ends.peer_eof = true,
+            Some(error) => ends.peer_failure = Some(io::Error::from(error).to_string()),
+            None => ends.peer_eof |= tunnel.peer_is_unix && !ends.was_reset_in_write(),
+        }
+    });
+}
+
+/// Tells the peer, in whatever state the tunnel is. The Close goes out now, or behind the message that is being
+/// written; then nothing more does.
+fn close(tunnel: &Tunnel, farewell: &Farewell) {
+    let is_finished = tunnel.ends().peer_closed;
+    tunnel.writer.queue_close(farewell);
+    // To ask takes long, and only what was finished may be on its way.
+    match is_finished
+        .then(|| tunnel.stream.unacknowledged())
+        .flatten()
+    {
+        Some(1..) => {}
+        left => abort_behind(tunnel, left),
+    }
+    tunnel.writer.flush();
+}
+
+fn end(tunnel: &Tunnel, cut: Cut) {
+    // Before the threads are woken, which then know why.
+    tunnel.note_end(|ends| {
+        ends.is_cut = cut != Cut::Idle;
+        ends.cut.get_or_insert(cut.clone());
+    });
+    match cut {
+        Cut::Linger => tunnel.stop_reading_peer(),
+        Cut::CloseTimeout | Cut::LeftOpen => tunnel.shut_peer(),
+        Cut::Idle => return close(tunnel, &Farewell::Idle),
+        // What is still in our buffers for it can't reach it.
+        Cut::PongTimeout | Cut::Stalled | Cut::PeerBroken | Cut::Aborted | Cut::Shutdown => {
+            tunnel.reset_peer();
+        }
+    }
+    match cut {
+        Cut::LeftOpen => {}
+        Cut::PeerBroken => abort_stream(tunnel),
+        _ => tunnel.stream.abort(),
+    }
+}
+
+/// Bytes and FIN of the peer's orderly end may be on their way to the stream, and a reset could take them back: that
+/// comes once they have arrived, as over TCP. Otherwise a stream that sends nothing more would never learn that what
+/// it has sent is lost.
+pub(super) fn abort_stream(tunnel: &Tunnel) {
+    let is_finished = tunnel.ends().peer_closed;
+    let left = is_finished.then(|| wait_for_acknowledgement(tunnel));
+    abort_behind(tunnel, left.flatten());
+}
+
+/// With a reset if `left` says that all of an orderly end has arrived.
+fn abort_behind(tunnel: &Tunnel, left: Option<u64>) {
+    if left == Some(0) {
+        tunnel.stream.reset_on_close();
+    }
+    tunnel.stream.abort();
+}
+
+/// Waits until the stream is over behind both ends. Its last bytes may have come to a target that had closed before: it
+/// answers them with a reset, a round trip later, and then the end is no orderly one.
+pub(super) fn settle(tunnel: &Tunnel) {
+    let deadline = tunnel.activity().age() + ARRIVAL_LIMIT;
+    let mut wait = LOOK_AGAIN.0 / 5;
+    while !tunnel.stream.is_over() {
+        let now = tunnel.activity().age();
+        if now >= deadline || tunnel.ends().shutdown {
+            return;
+        }
+        wait_until(tunnel, deadline.min(now + wait), Watched::NOTHING);
+        wait *= 2;
+    }
+    if tunnel.stream.was_reset() {
+        tunnel.note_end(|ends| ends.undelivered = Some(WriteFailure::Closed));
+        tunnel.reset_peer();
+    }
+}
+
+/// Waits until what was finished has arrived, for as long as it does. Returns how much has not, if that can be told.
+fn wait_for_acknowledgement(tunnel: &Tunnel) -> Option<u64> {
+    let (mut wait, mut least) = (LOOK_AGAIN.0, u64::MAX);
+    let mut deadline = Duration::MAX;
+    loop {
+        let left = match tunnel.stream.unacknowledged() {
+            Some(left @ 1..) => left,
+            settled => return settled,
+        };
+        let now = tunnel.activity().age();
+        if left < least {
+            least = left;
+            deadline = now + tunnel.times.stall_timeout;
+        }
+        if now >= deadline || tunnel.ends().shutdown {
+            return Some(left);
+        }
+        wait_until(tunnel, now + wait, Watched::NOTHING);
+        wait = (wait * 2).min(LOOK_AGAIN.1);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,11 @@
 //! The table of answers, row by row, and the order of its rows.
 
-use std::io::Write;
-use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use socket2::{Domain, Socket, Type};
 
 use crate::support::*;
 
@@ -17,7 +19,7 @@ fn with_token() -> String {
 fn a_head_over_16_kib_is_431() {
     let daemon = Daemon::start(&[]);
     let answer = daemon.ask(format!(
-        "GET /health HTTP/1.1\r\nX: {}\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX: {}\r\n\r\n",
         "x".repeat(16 * 1024)
     ));
     assert_eq!(answer.status, 431);
@@ -79,9 +81,12 @@ fn a_malformed_head_is_400_at_once() {
         b"garbage\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET /health HTTP/1.1\nHost: localhost\n\n",
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: \xc3\xa4\r\n\r\n",
+        b"GET /health?\xc3\xa4 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\xc3\xa4: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: \x7f\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: b\xc3\xbccher.example\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nX: a\r\n folded\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nX: a\r\n folded\r\n\r\n",
         b"GET /health HTTP/3.0\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ] {
@@ -89,6 +94,67 @@ fn a_malformed_head_is_400_at_once() {
         assert_eq!(answer.status, 400, "{head:?}");
         answer.message();
     }
+}
+
+#[test]
+fn a_value_that_is_not_ascii_is_let_through() {
+    let daemon = Daemon::start_closed(&[]);
+    let target = Target::echo();
+    for value in ["Z\u{fc}rich", "\u{6771}\u{4eac}", "a\tb: \u{fc}", "\u{fc}"] {
+        let header = format!("cf-ipcity: {value}");
+        assert_eq!(daemon.get("/health", &[&header]).status, 204, "{value:?}");
+        let url = format!("/tunnel?port={}", target.port);
+        Client::open_with(&daemon, &url, &[&header, &with_token()]);
+    }
+    let latin1 = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: Z\xfcrich\xff\r\n\r\n";
+    assert_eq!(daemon.ask(latin1).status, 204);
+}
+
+/// It is there, and wrong: not the same as a header that is missing.
+#[test]
+fn a_deciding_header_that_is_not_ascii_is_wrong() {
+    let token = with_token();
+    let bad = |header: &'static str| {
+        let name = header.split(':').next().unwrap();
+        let rest = UPGRADE.into_iter().filter(|line| !line.starts_with(name));
+        rest.chain([header]).collect::<Vec<_>>()
+    };
+    let closed = Daemon::start_closed(&["--allow-origin", "https://app.example"]);
+    let wrong = closed.get("/openapi.yaml", &[&format!("{token}\u{fc}")]);
+    assert_eq!(wrong.status, 401);
+    assert!(wrong.message().contains("wrong"), "{}", wrong.body);
+    let repeated = closed.get("/openapi.yaml", &[&token, "X-Access-Token: \u{fc}"]);
+    assert_eq!(repeated.status, 401);
+    for (headers, status) in [
+        (bad("Origin: https://app.example\u{fc}"), 403),
+        (bad("Upgrade: websocket\u{fc}"), 426),
+        (bad("Connection: upgrade\u{fc}"), 426),
+        (bad("Sec-WebSocket-Version: 13\u{fc}"), 426),
+        (bad("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ\u{fc}"), 400),
+        (bad("Content-Length: 1\u{fc}"), 400),
+        (bad("Transfer-Encoding: \u{fc}"), 400),
+    ] {
+        let headers = [&headers[..], &[&token]].concat();
+        let answer = closed.get("/tunnel?port=1", &headers);
+        assert_eq!(answer.status, status, "{headers:?}");
+    }
+    let open = Daemon::start(&[]);
+    let origin = open.get_upgrade("/tunnel?port=1", &["Origin: \u{fc}"]);
+    assert_eq!(origin.status, 403);
+}
+
+#[test]
+fn http_1_1_without_a_host_is_400() {
+    let daemon = Daemon::start(&[]);
+    for target in ["/health", "http://localhost/health"] {
+        let answer = daemon.ask(format!("GET {target} HTTP/1.1\r\nX: y\r\n\r\n"));
+        assert_eq!(answer.status, 400, "{target}");
+        assert!(answer.message().contains("Host"), "{}", answer.body);
+    }
+    assert_eq!(
+        daemon.ask("GET /health HTTP/1.1\r\nHost:\r\n\r\n").status,
+        204
+    );
 }
 
 #[test]
@@ -117,7 +183,7 @@ fn over_the_connection_limit_is_503_with_retry_after() {
 }
 
 #[test]
-fn a_place_is_free_again_when_its_tunnel_has_ended() {
+fn a_slot_is_free_again_when_its_tunnel_has_ended() {
     let daemon = Daemon::start(&["--max-connections", "1"]);
     let target = Target::echo();
     for _ in 0..3 {
@@ -126,7 +192,7 @@ fn a_place_is_free_again_when_its_tunnel_has_ended() {
         client.send_close(1000);
         assert_eq!(client.see_all().1, CLOSE_1000);
         drop(client);
-        within(LIMIT, "the place is free", || {
+        within(LIMIT, "the slot is free", || {
             (daemon.get("/health", &[]).status == 204).then_some(())
         });
     }
@@ -182,7 +248,7 @@ fn a_missing_or_wrong_token_is_401_on_every_other_path() {
             let answer = daemon.get_upgrade(path, headers);
             assert_eq!(answer.status, 401, "{path} {headers:?}");
             assert!(answer.message().contains("X-Access-Token"));
-            assert!(answer.header("www-authenticate").is_some());
+            assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
         }
     }
 }
@@ -196,12 +262,62 @@ fn the_right_token_opens_a_tunnel() {
     Client::open_with(&daemon, &url, &[&with_token().to_lowercase()]);
 }
 
+#[test]
+fn a_bearer_token_is_one_too() {
+    let daemon = Daemon::start_closed(&[]);
+    let status = |headers: &[&str]| daemon.get("/openapi.yaml", headers).status;
+    for header in [
+        format!("Authorization: Bearer {TOKEN}"),
+        format!("authorization: bEARER {TOKEN}"),
+        format!("Authorization:  Bearer   {TOKEN} "),
+    ] {
+        assert_eq!(status(&[&header]), 200, "{header}");
+    }
+    for header in [
+        format!("Authorization: {TOKEN}"),
+        format!("Authorization: Basic {TOKEN}"),
+        format!("Authorization: Bearer{TOKEN}"),
+        format!("Authorization: Bearer {TOKEN}x"),
+        format!("Authorization: Bearer {TOKEN}\u{fc}"),
+        format!("Authorization: Bearer {TOKEN}, Bearer {TOKEN}"),
+        format!("Proxy-Authorization: Bearer {TOKEN}"),
+        "Authorization: Bearer".to_owned(),
+        "Authorization: Bearer ".to_owned(),
+        "Authorization:".to_owned(),
+    ] {
+        let answer = daemon.get("/openapi.yaml", &[&header]);
+        assert_eq!(answer.status, 401, "{header}");
+        assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
+        assert!(!answer.body.contains("s3cret"), "{}", answer.body);
+    }
+    let (right, wrong) = (with_token(), "X-Access-Token: wrong");
+    let bearer = format!("Authorization: Bearer {TOKEN}");
+    assert_eq!(status(&[&bearer, &bearer]), 401);
+    assert_eq!(status(&[&bearer, wrong]), 401, "X-Access-Token decides");
+    assert_eq!(status(&[&bearer, "X-Access-Token:"]), 401);
+    assert_eq!(status(&[&right, "Authorization: Basic eDp5"]), 200);
+    assert_eq!(status(&[&right, &bearer, &bearer]), 200);
+    let target = Target::echo();
+    let url = format!("/tunnel?port={}", target.port);
+    Client::open_with(&daemon, &url, &[&bearer]);
+    assert!(!daemon.log().contains("s3cret"), "{}", daemon.log());
+}
+
 // Row 5
+
+#[test]
+fn a_slash_behind_tunnel_does_not_matter() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::echo();
+    let url = format!("/tunnel/?port={}", target.port);
+    Client::open_with(&daemon, &url, &[]);
+    assert_eq!(daemon.ask(request("POST", "/tunnel/", &[])).status, 405);
+}
 
 #[test]
 fn an_unknown_path_is_404() {
     let daemon = Daemon::start_closed(&[]);
-    for path in ["/", "/tunnel/", "/Tunnel", "/tunnels", "/%74unnel", "*"] {
+    for path in ["/", "/tunnel//", "/Tunnel", "/tunnels", "/%74unnel", "*"] {
         let answer = daemon.get_upgrade(path, &[&with_token()]);
         assert_eq!(answer.status, 404, "{path}");
         answer.message();
@@ -252,14 +368,17 @@ fn a_bad_port_is_400_and_named() {
         ("?port=http", "\"http\""),
         ("?port=80.0", "\"80.0\""),
         ("?port=80%00", "\"80\\0\""),
-        ("?port=80&port=80", "port is repeated, \"80\" and \"80\""),
+        (
+            "?port=80&port=80",
+            "parameter port is given more than once: \"80\" and \"80\"",
+        ),
         ("?port=99999999999999999999", "\"99999999999999999999\""),
     ] {
         let answer = daemon.get_upgrade(&format!("/tunnel{query}"), &[]);
         assert_eq!(answer.status, 400, "{query}");
         let message = answer.message();
         assert!(
-            message.contains("parameter port") && message.contains(named),
+            message.contains("port") && message.contains(named),
             "{query}: {message}"
         );
     }
@@ -277,13 +396,16 @@ fn a_bad_host_is_400_and_named() {
         ("%2568ost", "\"%68ost\""),
         ("a%0d%0ab", "\"a\\r\\nb\""),
         ("256.256.256.256", "\"256.256.256.256\""),
-        ("a&host=b", "host is repeated, \"a\" and \"b\""),
+        (
+            "a&host=b",
+            "parameter host is given more than once: \"a\" and \"b\"",
+        ),
     ] {
         let answer = daemon.get_upgrade(&format!("/tunnel?port=80&host={host}"), &[]);
         assert_eq!(answer.status, 400, "{host}");
         let message = answer.message();
         assert!(
-            message.contains("parameter host") && message.contains(named),
+            message.contains("host") && message.contains(named),
             "{host}: {message}"
         );
     }
@@ -318,7 +440,7 @@ fn what_is_no_upgrade_is_426() {
     ] {
         let answer = daemon.get("/tunnel?port=80", headers);
         assert_eq!(answer.status, 426, "{headers:?}");
-        assert_eq!(answer.header("upgrade"), Some("websocket"));
+        assert_eq!(answer.header("upgrade"), Some("websocket, connect-tcp-12"));
         answer.message();
     }
 }
@@ -389,7 +511,7 @@ fn header_lists_and_cases_are_understood() {
             "upgrade: WebSocket",
             UPGRADE[2],
             UPGRADE[3],
-            "Sec-WebSocket-Protocol: binary",
+            "Sec-WebSocket-Protocol: chat",
         ],
     );
     Client::upgrade(daemon.connect(), head.as_bytes());
@@ -405,7 +527,7 @@ fn an_open_daemon_refuses_web_pages() {
     for origin in [
         "Origin: https://evil.example",
         "Origin: null",
-        "Origin: http://localhost",
+        "Origin: http://localhost:3000",
     ] {
         let answer = daemon.get_upgrade(&url, &[origin]);
         assert_eq!(answer.status, 403, "{origin}");
@@ -462,6 +584,25 @@ fn an_absolute_target_is_taken_and_its_host_counts() {
         &[],
     );
     assert_eq!(answer.status, 403);
+}
+
+#[test]
+fn a_path_is_compared_as_it_was_sent() {
+    let daemon = Daemon::start(&[]);
+    for path in [
+        "/public/%2e%2e/metrics",
+        "/public/../metrics",
+        "/./metrics",
+        "/%6detrics",
+        "//metrics",
+        "/public/%2e%2e/health",
+    ] {
+        for target in [path.to_owned(), format!("http://localhost{path}")] {
+            assert_eq!(daemon.get(&target, &[]).status, 404, "{target}");
+        }
+    }
+    assert_eq!(daemon.get("http://localhost/metrics", &[]).status, 200);
+    assert_eq!(daemon.get("http://evil@localhost/metrics", &[]).status, 400);
 }
 
 #[test]
@@ -525,7 +666,8 @@ fn with_a_token_any_origin_and_host_may() {
 #[test]
 fn a_refused_dial_is_502_naming_target_and_reason() {
     let daemon = Daemon::start(&[]);
-    let port = closed_port();
+    let closed = closed_port();
+    let port = closed.port;
     let answer = daemon.get_upgrade(&format!("/tunnel?port={port}"), &[]);
     assert_eq!(answer.status, 502);
     let message = answer.message();
@@ -568,27 +710,142 @@ fn a_target_that_never_answers_is_502_after_the_dial_timeout() {
     assert_eq!(answer.status, 502);
     let message = answer.message();
     assert!(
-        message.contains("timeout") && message.contains(&format!("127.0.0.1:{port}")),
+        message.contains("timed out while connecting")
+            && message.contains(&format!("127.0.0.1:{port}")),
         "{message}"
     );
     assert!(start.elapsed() >= Duration::from_millis(300));
 }
 
-/// A daemon whose only name server takes queries and never answers. `None` where that can't be made.
-fn daemon_with_a_hanging_resolver(server: &UdpSocket) -> Option<Daemon> {
+/// A request for a tunnel to `target`, with `more` behind its head.
+fn ask_for(daemon: &Daemon, target: &str, more: &[u8]) -> TcpStream {
+    let mut stream = daemon.connect();
+    let head = request("GET", &format!("/tunnel?{target}"), &UPGRADE);
+    stream.write_all(&[head.as_bytes(), more].concat()).unwrap();
+    stream
+}
+
+#[test]
+fn a_target_that_resets_once_it_has_accepted_is_never_want_of_room() {
+    let daemon = Daemon::start(&[]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            reset(stream);
+        }
+    });
+    for _ in 0..100 {
+        let mut stream = ask_for(&daemon, &format!("host=127.0.0.1&port={port}"), b"");
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).unwrap();
+        if &status == b"HTTP/1.1 101" {
+            continue;
+        }
+        assert_eq!(&status, b"HTTP/1.1 502");
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).unwrap();
+        let why = format!("127.0.0.1:{port}: Connection reset by peer");
+        assert!(rest.contains(&why), "{rest}");
+    }
+}
+
+#[test]
+fn a_client_that_is_gone_ends_its_dial() {
+    let mut command = Daemon::command(&["--max-connections", "4", "--dial-timeout", "10m"]);
+    command.env("RUST_LOG", "debug");
+    let daemon = Daemon::spawn(command);
+    let (listener, _filling) = deaf_target();
+    let port = listener.local_addr().unwrap().port();
+    let deaf = format!("host=127.0.0.1&port={port}");
+    let before = daemon.descriptors();
+    let working = Target::echo();
+    let mut dials = 0;
+    for leave in [reset, drop] {
+        for _ in 0..3 {
+            let held: Vec<_> = (0..4).map(|_| ask_for(&daemon, &deaf, b"")).collect();
+            dials += held.len();
+            daemon.logged(dials, &["dialing:", &format!(":{port}")]);
+            assert_eq!(daemon.get("/health", &[]).status, 503);
+            let start = Instant::now();
+            held.into_iter().for_each(leave);
+            within(LIMIT, "the slots are free", || {
+                (daemon.get("/health", &[]).status == 204).then_some(())
+            });
+            assert!(start.elapsed() < Duration::from_secs(1));
+            let mut client = Client::open(&daemon, working.port);
+            client.send_close(1000);
+            assert_eq!(client.see_all(), (Vec::new(), CLOSE_1000));
+            daemon.logged(dials / 4, &["tunnel closed:"]);
+        }
+    }
+    within(LIMIT, "descriptors are back", || {
+        (daemon.descriptors() <= before + 4).then_some(())
+    });
+    assert!(!daemon.log().contains("status=502"));
+}
+
+#[test]
+fn a_client_that_has_sent_everything_and_half_closes_during_its_dial_gets_its_tunnel() {
+    let daemon = Daemon::start(&[]);
+    let (listener, filling) = deaf_target();
+    let port = listener.local_addr().unwrap().port();
+    let all = [frame(0x82, b"all of it"), frame(0x88, b"")].concat();
+    let stream = ask_for(&daemon, &format!("host=127.0.0.1&port={port}"), &all);
+    stream.shutdown(Shutdown::Write).unwrap();
+    // The dial goes on when its SYN is sent again, as the queue has room by then.
+    for _ in &filling {
+        drop(listener.accept().unwrap());
+    }
+    let mut client = Client::expect_101(stream);
+    let target = thread::spawn(move || read_to_end(&mut listener.accept().unwrap().0));
+    assert_eq!(client.see_all(), (Vec::new(), CLOSE_1000));
+    assert_eq!(target.join().unwrap(), (b"all of it".to_vec(), true));
+}
+
+/// Binds the port of name servers on a loopback address for the one test that uses it. `None` without root.
+fn name_server(address: &str) -> Option<UdpSocket> {
+    let server = UdpSocket::bind((address, 53));
+    if server.is_err() {
+        skip("root, and port 53 on loopback");
+    }
+    server.ok()
+}
+
+/// Answers queries for names that begin with `known` (127.0.0.1, and no IPv6 address), and no others.
+fn answer_known_names(server: &UdpSocket) {
+    let mut query = [0; 512];
+    while let Ok((length, client)) = server.recv_from(&mut query) {
+        let query = &query[..length];
+        // RFC 1035 §4.1: twelve bytes of header, then the name, its type and its class.
+        if !query[12..].starts_with(b"\x05known") {
+            continue;
+        }
+        let name_end = 12 + query[12..].iter().position(|&byte| byte == 0).unwrap() + 1;
+        let is_a = query[name_end..].starts_with(&[0, 1]);
+        let mut answer = query[..name_end + 4].to_vec();
+        answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0]);
+        if is_a {
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1]);
+        }
+        let _ = server.send_to(&answer, client);
+    }
+}
+
+/// A daemon whose only name server is `server`, which takes queries and never answers. `None` where that can't be
+/// made.
+fn daemon_with_a_hanging_resolver(server: &UdpSocket, options: &[&str]) -> Option<Daemon> {
     let text = format!("nameserver {}\n", server.local_addr().unwrap().ip());
-    Daemon::start_with_file("/etc/resolv.conf", &text, &["--dial-timeout", "300ms"])
+    Daemon::start_with_file("/etc/resolv.conf", &text, options)
 }
 
 #[test]
 fn a_resolver_that_hangs_is_502_after_the_dial_timeout() {
-    let server = UdpSocket::bind("127.53.53.53:53");
-    let daemon = server
-        .as_ref()
-        .ok()
-        .and_then(daemon_with_a_hanging_resolver);
-    let Some(daemon) = daemon else {
-        println!("skipped: needs root, port 53 on loopback and mount namespaces");
+    let Some(server) = name_server("127.53.53.53") else {
+        return;
+    };
+    let options = ["--dial-timeout", "300ms"];
+    let Some(daemon) = daemon_with_a_hanging_resolver(&server, &options) else {
         return;
     };
     let start = Instant::now();
@@ -596,11 +853,64 @@ fn a_resolver_that_hangs_is_502_after_the_dial_timeout() {
     assert_eq!(answer.status, 502);
     let message = answer.message();
     assert!(
-        message.contains("hangs.example:80") && message.contains("resolving"),
+        message.contains("hangs.example:80") && message.contains("timed out while resolving"),
         "{message}"
     );
     assert!(start.elapsed() >= Duration::from_millis(300));
     assert_eq!(daemon.get("/health", &[]).status, 204);
+}
+
+#[test]
+fn names_that_hang_keep_no_others_from_being_resolved() {
+    let Some(server) = name_server("127.53.53.54") else {
+        return;
+    };
+    let options = ["--dial-timeout", "3s"];
+    let Some(daemon) = daemon_with_a_hanging_resolver(&server, &options) else {
+        return;
+    };
+    thread::spawn(move || answer_known_names(&server));
+    let target = Target::echo();
+    let known = format!("host=known.example&port={}", target.port);
+    let ask_from = |address: [u8; 4], target: &str| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from((address, 0)).into()).unwrap();
+        socket.connect(&daemon.address.into()).unwrap();
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let head = request("GET", &format!("/tunnel?{target}"), &UPGRADE);
+        stream.write_all(head.as_bytes()).unwrap();
+        stream
+    };
+    Client::expect_101(ask_from([127, 0, 0, 1], &known));
+    let tasks = format!("/proc/{}/task", daemon.pid().as_raw_nonzero());
+    let threads_named = |name: &str| {
+        let tasks = std::fs::read_dir(&tasks).unwrap().flatten();
+        let names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")));
+        names.flatten().filter(|of| of.trim() == name).count()
+    };
+    let hang = |number: usize| ask_from([127, 0, 0, 2], &format!("host=h{number}.example&port=1"));
+    let mut hanging: Vec<_> = (0..65).map(hang).collect();
+    within(LIMIT, "all of the client's share is taken", || {
+        let all_wait = threads_named("connection") >= 65;
+        (all_wait && threads_named("resolve") >= 16).then_some(())
+    });
+    assert_eq!(threads_named("resolve"), 16);
+    // Others' names are resolved at once, and a name of the same client's when its turn comes.
+    let start = Instant::now();
+    Client::expect_101(ask_from([127, 0, 0, 1], &known));
+    assert!(start.elapsed() < Duration::from_secs(2));
+    hanging.drain(..60).for_each(reset);
+    Client::expect_101(ask_from([127, 0, 0, 2], &known));
+    for stream in &mut hanging {
+        // Those whose turn has come by then have failed, the others may try again.
+        let answer = Answer::read(stream);
+        let expected = match answer.status {
+            502 => "timed out while resolving the name",
+            _ => "try again: timed out while waiting for other names to be resolved",
+        };
+        assert!(answer.message().contains(expected), "{answer:?}");
+    }
 }
 
 // Row 10
@@ -705,6 +1015,6 @@ fn every_refusal_is_logged_with_its_reason_and_without_the_token() {
             "X-Access-Token",
         ],
     );
-    daemon.logged(1, &["refused:", "status=400", "parameter port"]);
+    daemon.logged(1, &["refused:", "status=400", "is not a valid port"]);
     assert!(!daemon.log().contains("s3cret"), "{}", daemon.log());
 }

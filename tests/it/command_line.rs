@@ -1,7 +1,11 @@
 //! Options, exit codes, and the log lines of a tunnel.
 
 use std::fs;
-use std::process::Command;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::*;
 
@@ -17,9 +21,14 @@ fn a_wrong_option_is_one_line_and_exit_code_2() {
     for (options, part) in [
         (&["--nonsense"][..], "--nonsense"),
         (&["--listen", "nowhere"], "nowhere"),
+        (&["--listen", "unix:"], "unix:/run"),
         (&["--ping-interval", "soon"], "soon"),
         (&["--ping-interval", "0s"], "at least 1ms"),
         (&["--linger", "500days"], "at most"),
+        (&["--log-format", "xml"], "text or json"),
+        (&["--trust-forwarded", "proxy"], "10.0.0.0/8"),
+        (&["--idle-timeout", "0s"], "at least 1ms"),
+        (&["--exit-when-idle", "0s"], "at least 1ms"),
         (&["--max-connections", "0"], "at least 1"),
         (&["--max-connections", "many"], "many"),
         (&["--allow-origin", "app.example"], "app.example"),
@@ -106,6 +115,9 @@ fn every_option_has_a_variable() {
         "access-token-file",
         "no-auth",
         "allow-origin",
+        "allow-host",
+        "log-format",
+        "trust-forwarded",
         "allow-target",
         "deny-target",
         "max-connections",
@@ -115,6 +127,8 @@ fn every_option_has_a_variable() {
         "ping-timeout",
         "stall-timeout",
         "linger",
+        "idle-timeout",
+        "exit-when-idle",
         "shutdown-grace",
     ] {
         let variable = format!("TUNNELD_{}", option.replace('-', "_").to_uppercase());
@@ -135,6 +149,94 @@ fn every_option_has_a_variable() {
         &format!("/tunnel?port={}", target.port),
         &["Origin: https://b.example"],
     );
+}
+
+#[test]
+fn an_empty_variable_of_an_option_is_an_unset_one() {
+    let help = String::from_utf8(Daemon::command(&["--help"]).output().unwrap().stdout).unwrap();
+    let variables = help.split("[env: ").skip(1);
+    let variables: Vec<_> = variables
+        .map(|rest| rest.split_once('=').unwrap().0)
+        .collect();
+    assert!(variables.len() >= 14, "{variables:?}");
+    let with_empty = |options: &[&str]| {
+        let mut command = Daemon::command(options);
+        command.envs(variables.iter().map(|variable| (variable, "")));
+        command
+    };
+    let daemon = Daemon::spawn(with_empty(&[]));
+    assert_eq!(daemon.get("/health", &[]).status, 204);
+    let output = with_empty(&["--help"]).output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), help);
+}
+
+/// Starts a daemon with this `RUST_LOG` and returns its log once it serves and has ended.
+fn log_with(rust_log: &str) -> String {
+    let mut command = Daemon::command(&["--listen", "127.0.0.1:0"]);
+    let mut child = command
+        .env("RUST_LOG", rust_log)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Until it has a handler a signal ends it without a word.
+    let pid = Pid::from_child(&child);
+    within(LIMIT, "it handles signals", || {
+        catches(pid, Signal::TERM).then_some(())
+    });
+    kill_process(pid, Signal::TERM).unwrap();
+    let mut log = String::new();
+    let mut stderr = child.stderr.take().unwrap();
+    stderr.read_to_string(&mut log).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    log
+}
+
+#[test]
+fn a_log_filter_for_other_programs_leaves_the_own_lines_alone() {
+    for others in ["", "myapp=debug", "myapp=off,hyper=warn", "myapp"] {
+        let log = log_with(others);
+        assert!(
+            log.contains("WARN") && log.contains("listening on "),
+            "{log}"
+        );
+        assert!(!log.contains("RUST_LOG"), "{log}");
+    }
+}
+
+#[test]
+fn a_log_filter_for_all_or_for_tunneld_is_kept() {
+    for (filter, has_warning, has_address) in [
+        ("warn", true, false),
+        ("off", false, false),
+        ("myapp=debug,error", false, false),
+        ("tunneld=warn", true, false),
+        ("tunneld::daemon=debug", false, true),
+        ("tunneld=debug", true, true),
+    ] {
+        let log = log_with(filter);
+        assert_eq!(
+            log.contains("no access token"),
+            has_warning,
+            "{filter}: {log}"
+        );
+        assert_eq!(
+            log.contains("listening on "),
+            has_address,
+            "{filter}: {log}"
+        );
+    }
+}
+
+#[test]
+fn a_log_filter_that_makes_no_sense_is_told_and_ignored() {
+    for filter in ["tunneld=loud", "a=b=c"] {
+        let log = log_with(filter);
+        let complaint = format!("RUST_LOG={filter:?} is ignored");
+        assert!(
+            log.contains(&complaint) && log.contains("listening on "),
+            "{log}"
+        );
+    }
 }
 
 #[test]
@@ -179,6 +281,34 @@ fn a_tunnel_is_logged_at_its_start_and_once_at_its_end() {
     drop(client);
     assert_eq!(daemon.log().matches("tunnel closed:").count(), 1);
     assert!(!daemon.log().contains(TOKEN));
+}
+
+fn start_with_tmpdir(directory: &Path) -> Daemon {
+    let mut command = Daemon::command(&[]);
+    command.env("TMPDIR", directory);
+    Daemon::spawn(command)
+}
+
+#[test]
+fn a_killed_daemon_leaves_no_file_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut daemon = start_with_tmpdir(directory.path());
+    assert_eq!(daemon.ask("GET /health HTTP/1.0\r\n\r\n").status, 204);
+    daemon.signal(rustix::process::Signal::KILL);
+    daemon.exit();
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_temporary_directory_with_a_long_path_does_not_matter() {
+    let directory = tempfile::tempdir().unwrap();
+    for length in [50, 88, 200] {
+        let path = directory.path().join("x".repeat(length));
+        fs::create_dir(&path).unwrap();
+        let daemon = start_with_tmpdir(&path);
+        assert_eq!(daemon.get("/health", &[]).status, 204, "{length}");
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0, "{length}");
+    }
 }
 
 /// The fields of a log line, in their order.
@@ -237,7 +367,7 @@ fn debug_lines_explain_one_tunnel_from_head_to_end() {
     let target = Target::echo();
     let url = format!("/tunnel?port={}", target.port);
     let mut client = Client::open_with(&daemon, &url, &[&format!("X-Access-Token: {TOKEN}")]);
-    daemon.logged(1, &["ping: id=0 written=true"]);
+    daemon.logged(1, &["ping: id=0"]);
     client.send_close(1000);
     client.see_all();
     daemon.logged(1, &["tunnel closed: id=0"]);
@@ -251,11 +381,28 @@ fn debug_lines_explain_one_tunnel_from_head_to_end() {
         "dialed: id=0",
         "tunnel opened: id=0",
         "ping: id=0",
-        "inbound ended: id=0 how=Close",
+        "to_stream ended: id=0 how=Closed",
         "tunnel closed: id=0",
     ] {
         let at = rest.find(step);
         rest = &rest[at.unwrap_or_else(|| panic!("{step} in its place in {log}"))..];
     }
-    assert!(log.contains("outbound ended: id=0 how=Eof") && !log.contains(TOKEN));
+    assert!(log.contains("from_stream ended: id=0 how=Eof") && !log.contains(TOKEN));
+}
+
+#[test]
+fn both_programs_and_the_answers_have_the_crates_version() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (arguments, name) in [
+        (&["--version"][..], "tunneld"),
+        (&["connect", "--version"], "tunneld connect"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tunneld"));
+        let output = command.args(arguments).output().unwrap();
+        let shown = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(shown, format!("{name} {version}\n"));
+    }
+    let answer = Daemon::start(&[]).get("/health", &[]);
+    let server = format!("tunneld/{version}");
+    assert_eq!(answer.header("server"), Some(server.as_str()));
 }

@@ -24,7 +24,8 @@ impl Connect {
     pub fn command(url: &str, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tunneld"));
         for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("TUNNELD_") {
+            let text = name.to_string_lossy().to_lowercase();
+            if text.starts_with("tunneld_") || text.ends_with("_proxy") {
                 command.env_remove(name);
             }
         }
@@ -41,6 +42,12 @@ impl Connect {
             &url,
             &[&["--port", &port], options].concat(),
         ))
+    }
+
+    /// A client of `daemon` with these options.
+    pub fn with(daemon: &Daemon, options: &[&str]) -> Connect {
+        let url = format!("ws://{}", daemon.address);
+        Connect::spawn(Connect::command(&url, options))
     }
 
     pub fn spawn(mut command: Command) -> Connect {
@@ -113,9 +120,15 @@ impl Connect {
 
     /// The local port.
     pub fn address(&self) -> SocketAddr {
-        let line = self.logged("listening on ");
-        let (_, address) = line.split_once("listening on ").unwrap();
-        address.parse().unwrap()
+        listening_on(self.logged("listening on ")).unwrap()
+    }
+
+    /// The first addresses of `count` local ports, in the order of the log.
+    pub fn addresses(&self, count: usize) -> Vec<SocketAddr> {
+        within(LIMIT, &format!("{count} ports in {}", self.log()), || {
+            let addresses: Vec<_> = self.log().lines().filter_map(listening_on).collect();
+            (addresses.len() == count).then_some(addresses)
+        })
     }
 
     pub fn dial(&self) -> TcpStream {
@@ -140,8 +153,12 @@ impl Connect {
         fields.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        kill_process(self.pid(), signal).unwrap();
     }
 }
 
@@ -264,7 +281,10 @@ fn a_reset_of_the_target_is_a_broken_end() {
     let target = Target::listen();
     let mut client = Connect::to(&daemon, target.port, &[]);
     let _stdin = client.stdin();
-    reset(target.accept());
+    let stream = target.accept();
+    // Before, the target's reset is an answer: 502.
+    daemon.logged(1, &["tunnel opened"]);
+    reset(stream);
     client.broke("the tunnel broke: target failed: Connection reset by peer");
     assert!(client.log().contains("(close code 1011)"));
 }
@@ -280,6 +300,141 @@ fn an_end_of_the_process_is_no_end_of_the_upload() {
     assert_eq!(take(&mut stream, 7), b"half of");
     client.signal(Signal::TERM);
     assert_eq!(read_to_end(&mut stream), (Vec::new(), false));
+}
+
+#[test]
+fn with_no_close_the_end_of_stdin_ends_nothing() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    for option in ["-n", "--no-close"] {
+        let mut client = Connect::to(&daemon, target.port, &[option]);
+        let mut stream = target.accept();
+        client.stdin().write_all(b"request").unwrap();
+        assert_eq!(take(&mut stream, 7), b"request");
+        stream
+            .set_read_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        stream.write_all(b"answer").unwrap();
+        drop(stream);
+        assert_eq!(client.rest(), b"answer");
+        assert_eq!(client.ended(), (0, String::new()));
+    }
+    daemon.logged(2, &["tunnel closed", "closed in order"]);
+    // A hangup is an end, and a reset is one.
+    let mut client = Connect::to(&daemon, target.port, &["-n"]);
+    let mut stream = target.accept();
+    drop(client.stdin());
+    client.signal(Signal::HUP);
+    assert_eq!(read_to_end(&mut stream), (Vec::new(), true));
+    drop(stream);
+    assert_eq!(client.ended().0, 0);
+    let mut client = Connect::to(&daemon, target.port, &["-n"]);
+    drop(client.stdin());
+    let stream = target.accept();
+    daemon.logged(4, &["tunnel opened"]);
+    reset(stream);
+    client.broke("target failed");
+    crate::forward::is_wrong(&["-L", "80", "-n"], "-n is about the end of stdin");
+}
+
+#[test]
+fn on_a_terminal_it_says_once_how_to_use_it() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let daemon = Daemon::start(&[]);
+    let port = Target::echo().port;
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let stdin = std::fs::File::options()
+        .read(true)
+        .open(name.to_str().unwrap())
+        .unwrap();
+    let mut command = Connect::command(
+        &format!("ws://{}", daemon.address),
+        &["-W", &port.to_string()],
+    );
+    command
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    rustix::io::write(&terminal, b"hello\n\x04").unwrap();
+    assert_eq!(take(&mut child.stdout.take().unwrap(), 6), b"hello\n");
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.success() && stderr.lines().count() == 1,
+        "{stderr}"
+    );
+    let parts = [
+        format!("connected to localhost:{port}"),
+        format!("use -L {port}:localhost:{port}"),
+    ];
+    assert!(parts.iter().all(|part| stderr.contains(part)), "{stderr}");
+}
+
+/// ssh ends its ProxyCommand so, after each healthy session.
+#[test]
+fn a_hangup_is_the_end_of_stdin() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let mut client = Connect::to(&daemon, target.port, &[]);
+    let mut stream = target.accept();
+    let mut stdin = client.stdin();
+    stdin.write_all(b"last words").unwrap();
+    assert_eq!(take(&mut stream, 10), b"last words");
+    client.signal(Signal::HUP);
+    assert_eq!(read_to_end(&mut stream), (Vec::new(), true));
+    stream.write_all(b"answer").unwrap();
+    drop(stream);
+    assert_eq!(take(&mut client.stdout(), 6), b"answer");
+    assert_eq!(client.ended(), (0, String::new()));
+    daemon.logged(1, &["tunnel closed", "end=orderly"]);
+}
+
+/// The target has closed, and the daemon is about to say so: what the shell sees must not be success.
+#[test]
+fn an_upload_that_is_cut_short_is_a_broken_end_within_a_second() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let mut client = Connect::to(&daemon, target.port, &[]);
+    let mut stream = target.accept();
+    let mut stdin = client.stdin();
+    let writing = thread::spawn(move || while stdin.write_all(&[b'y'; 10_000]).is_ok() {});
+    take(&mut stream, 10);
+    stream.write_all(b"enough").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(take(&mut client.stdout(), 6), b"enough");
+    drop(stream);
+    client.broke("not every byte could be sent: ");
+    writing.join().unwrap();
+    daemon.logged(1, &["tunnel closed", "end=upload_cut_short"]);
+}
+
+#[test]
+fn an_upload_is_not_complete_before_the_server_has_closed_behind_it() {
+    for (how, part) in [
+        ("eof", "not every byte could be sent"),
+        ("reset", "not every byte could be sent"),
+    ] {
+        let (url, server) = fake_server(b"\x82\x05hello\x88\x02\x03\xe8");
+        let mut client = Connect::spawn(Connect::command(&url, &[]));
+        let (stream, _) = server.join().unwrap();
+        let mut stdin = client.stdin();
+        assert_eq!(take(&mut client.stdout(), 5), b"hello");
+        // Never idle, so the upload goes on.
+        let writing = thread::spawn(move || while stdin.write_all(&[b'y'; 1000]).is_ok() {});
+        take(&mut stream.try_clone().unwrap(), 50_000);
+        match how {
+            "eof" => stream.shutdown(Shutdown::Write).unwrap(),
+            _ => reset(stream),
+        }
+        client.broke(part);
+        writing.join().unwrap();
+    }
 }
 
 #[test]
@@ -344,15 +499,28 @@ fn a_daemon_that_shuts_down_is_a_broken_end() {
 }
 
 #[test]
-fn nothing_moving_behind_one_end_is_a_broken_end() {
-    let daemon = Daemon::start(&[]);
+fn after_its_own_end_the_client_waits_for_as_long_as_the_daemon_is_there() {
+    let daemon = Daemon::start(&["--linger", "100ms"]);
     let target = Target::listen();
-    let mut client = Connect::to(&daemon, target.port, &["--linger", "100ms"]);
+    let options = [
+        "--linger",
+        "100ms",
+        "--ping-interval",
+        "50ms",
+        "--ping-timeout",
+        "50ms",
+    ];
+    let mut client = Connect::to(&daemon, target.port, &options);
     let mut stream = target.accept();
     drop(client.stdin());
-    client.broke("nothing moved for 100ms");
-    let (bytes, _) = read_to_end(&mut stream);
-    assert_eq!(bytes, b"");
+    assert_eq!(read_to_end(&mut stream), (Vec::new(), true));
+    // Many lingers and ping timeouts.
+    thread::sleep(Duration::from_secs(1));
+    stream.write_all(b"answer").unwrap();
+    drop(stream);
+    assert_eq!(client.rest(), b"answer");
+    assert_eq!(client.ended(), (0, String::new()));
+    daemon.logged(1, &["tunnel closed", "end=orderly"]);
 }
 
 // --- keepalive ----------------------------------------------------------------------------------------
@@ -390,7 +558,7 @@ fn a_daemon_that_falls_silent_is_given_up() {
     daemon.logged(1, &["tunnel opened"]);
     daemon.signal(Signal::STOP);
     let stopped = Instant::now();
-    client.broke("gave no sign of life for 500ms");
+    client.broke("the server gave no sign of life, nor answered a ping");
     assert!(stopped.elapsed() < Duration::from_secs(5));
     daemon.signal(Signal::CONT);
     assert_eq!(read_to_end(&mut stream), (Vec::new(), false));
@@ -400,7 +568,7 @@ fn a_daemon_that_falls_silent_is_given_up() {
 fn a_target_that_takes_nothing_is_not_taken_for_a_dead_daemon() {
     let daemon = Daemon::start(&[]);
     let target = Target::listen();
-    let options = ["--ping-interval", "100ms", "--ping-timeout", "100ms"];
+    let options = ["--ping-interval", "100ms", "--ping-timeout", "2s"];
     let mut client = Connect::to(&daemon, target.port, &options);
     let mut stream = target.accept();
     let mut stdin = client.stdin();
@@ -434,7 +602,8 @@ fn a_target_that_takes_nothing_is_not_taken_for_a_dead_daemon() {
 #[test]
 fn a_refusal_is_shown_with_its_message() {
     let daemon = Daemon::start(&[]);
-    let port = closed_port();
+    let held = closed_port();
+    let port = held.port;
     let sentence = Connect::to(&daemon, port, &[]).broke(&format!(
         "refused with 502: cannot reach localhost:{port}: "
     ));
@@ -447,7 +616,8 @@ fn a_refusal_is_shown_with_its_message() {
 
 #[test]
 fn a_server_that_is_not_there_is_named() {
-    let url = format!("ws://127.0.0.1:{}", closed_port());
+    let closed = closed_port();
+    let url = format!("ws://127.0.0.1:{}", closed.port);
     let mut client = Connect::spawn(Connect::command(&url, &["--port", "1"]));
     client.broke("cannot connect to 127.0.0.1:");
 }
@@ -472,12 +642,14 @@ fn the_token_comes_from_the_environment_or_a_file() {
 
     let file = tempfile::NamedTempFile::new().unwrap();
     let path = file.path().to_str().unwrap();
-    std::fs::write(&file, "\nwrong\n").unwrap();
+    std::fs::write(&file, format!("\n{TOKEN}\n")).unwrap();
     let mut client = Connect::to(
         &daemon,
         target.port,
         &[&["--access-token-file", path][..], &LOCAL].concat(),
     );
+    client.address();
+    std::fs::write(&file, "\nwrong\n").unwrap();
     let mut stream = client.dial();
     assert_eq!(read_to_end(&mut stream), (Vec::new(), false));
     client.logged("refused with 401");
@@ -489,6 +661,100 @@ fn the_token_comes_from_the_environment_or_a_file() {
     client.signal(Signal::TERM);
     let (code, stderr) = client.ended();
     assert!(code == 0 && !stderr.contains(TOKEN), "{stderr}");
+}
+
+#[test]
+fn headers_go_with_the_request_and_the_token_as_a_bearers() {
+    let asked = |options: &[&str], token: Option<&str>| {
+        let (url, server) = serve_one(|stream, _| {
+            stream.write_all(b"HTTP/1.1 400 x\r\n\r\n").unwrap();
+        });
+        let mut command = Connect::command(&url, options);
+        if let Some(token) = token {
+            command.env("TUNNELD_ACCESS_TOKEN", token);
+        }
+        let client = Connect::spawn(command);
+        let (_, head) = server.join().unwrap();
+        drop(client);
+        head
+    };
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, "CF-Access-Client-Secret: from a file\n").unwrap();
+    let from_file = format!("@{}", file.path().display());
+    let head = asked(
+        &[
+            "-H",
+            "host: edge.example",
+            "-HX-Id:7",
+            "-H",
+            &from_file,
+            "-H",
+            "User-Agent: me",
+        ],
+        Some(TOKEN),
+    );
+    for line in [
+        "host: edge.example",
+        "X-Id: 7",
+        "CF-Access-Client-Secret: from a file",
+        "User-Agent: me",
+    ] {
+        assert_eq!(
+            head.matches(&format!("\r\n{line}\r\n")).count(),
+            1,
+            "{line} in {head}"
+        );
+    }
+    assert_eq!(
+        head.to_lowercase().matches("\r\nhost: ").count(),
+        1,
+        "{head}"
+    );
+    assert_eq!(head.matches("User-Agent").count(), 1, "{head}");
+    assert!(
+        head.contains(&format!("\r\nX-Access-Token: {TOKEN}\r\n")),
+        "{head}"
+    );
+    let head = asked(&["--bearer"], Some(TOKEN));
+    assert!(
+        head.contains(&format!("\r\nAuthorization: Bearer {TOKEN}\r\n")),
+        "{head}"
+    );
+    assert!(!head.contains("X-Access-Token"), "{head}");
+    // The daemon takes it.
+    let daemon = Daemon::start_closed(&[]);
+    let mut command = Connect::command(
+        &format!("ws://{}", daemon.address),
+        &["-W", &Target::echo().port.to_string(), "--bearer"],
+    );
+    command.env("TUNNELD_ACCESS_TOKEN", TOKEN);
+    let mut client = Connect::spawn(command);
+    client.stdin().write_all(b"hello").unwrap();
+    assert_eq!(client.rest(), b"hello");
+}
+
+#[test]
+fn a_value_of_a_header_is_not_shown() {
+    for header in ["X-Key: s3cret-value", "Authorization: Basic s3cret-value"] {
+        let (url, server) = serve_one(|stream, _| {
+            stream
+                .write_all(b"HTTP/1.1 400 x\r\n\r\nyou said s3cret-value")
+                .unwrap();
+        });
+        let mut client = Connect::spawn(Connect::command(&url, &["-H", header]));
+        drop(server.join().unwrap());
+        let sentence = client.broke("(a header's value)");
+        assert!(!sentence.contains("s3cret"), "{sentence}");
+    }
+    for options in [
+        &["-H", "s3cret"][..],
+        &["-H", "Connection: s3cret"],
+        &["-H", "X-Access-Token: s3cret"],
+        &["-H", "@/nonexistent"],
+    ] {
+        crate::forward::is_wrong(&[&["-W", "1"], options].concat(), "header");
+    }
+    crate::forward::is_wrong(&["-W", "1", "--bearer"], "TUNNELD_ACCESS_TOKEN");
 }
 
 #[test]
@@ -533,6 +799,13 @@ fn wrong_options_are_one_line_and_exit_code_2() {
             "{stderr}"
         );
     }
+    let mut command = Connect::command("ws://localhost:1", &["--port", "1"]);
+    command.env("TUNNELD_ACCESS_TOKEN", "");
+    let (code, stderr) = fails_to_start(command);
+    assert!(
+        code == 2 && stderr.contains("TUNNELD_ACCESS_TOKEN is empty"),
+        "{stderr}"
+    );
     let target = Target::listen();
     let taken = format!("127.0.0.1:{}", target.port);
     let options = ["--port", "1", "--listen", &taken];
@@ -600,20 +873,93 @@ fn a_broken_end_is_a_reset_on_the_other_side() {
     let target = Target::listen();
     let client = Connect::to(&daemon, target.port, &LOCAL);
     let mut local = client.dial();
-    reset(target.accept());
+    let stream = target.accept();
+    client.logged("tunnel opened: id=0");
+    reset(stream);
     assert_eq!(read_to_end(&mut local), (Vec::new(), false));
     client.logged("target failed: Connection reset by peer (os error 104) (close code 1011)");
     let local = client.dial();
     let mut stream = target.accept();
+    client.logged("tunnel opened: id=1");
     reset(local);
     assert_eq!(read_to_end(&mut stream), (Vec::new(), false));
     client.logged("the local client failed: Connection reset by peer");
 }
 
 #[test]
+fn a_local_client_learns_within_a_second_that_its_target_has_closed() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let client = Connect::to(&daemon, target.port, &LOCAL);
+    let mut waited = [Duration::ZERO; 10];
+    for waited in &mut waited {
+        let mut local = client.dial();
+        let stream = target.accept();
+        drop(stream);
+        // Its end first, and then, to whoever goes on writing, an error.
+        assert_eq!(local.read(&mut [0]).unwrap(), 0);
+        let start = Instant::now();
+        while local.write_all(&[7; 1000]).is_ok() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        *waited = start.elapsed();
+    }
+    // A machine that stands still for a moment delays one of them, not most; the linger would be 30 s.
+    waited.sort();
+    assert!(waited[5] < Duration::from_secs(1), "{waited:?}");
+    assert!(waited[9] < Duration::from_secs(15), "{waited:?}");
+}
+
+/// It has written, sent its FIN and closed, and the target talks all the while.
+#[test]
+fn what_lies_in_the_local_connection_is_read_on_whatever_happens_to_the_other_direction() {
+    let mut command = Daemon::command(&[]);
+    command.env("RUST_LOG", "debug");
+    let daemon = Daemon::spawn(command);
+    let target = Target::listen();
+    let client = Connect::to(&daemon, target.port, &LOCAL);
+    for run in 0..60 {
+        // No more than what the system takes at once: its own close loses what it has not sent.
+        let up = Random::new(run).bytes(1 + 500 * run as usize);
+        let mut local = client.dial();
+        let mut stream = target.accept();
+        let mut talker = stream.try_clone().unwrap();
+        let talking = thread::spawn(move || while talker.write_all(&[1; 1000]).is_ok() {});
+        local.write_all(&up).unwrap();
+        local.shutdown(Shutdown::Write).unwrap();
+        drop(local);
+        let (bytes, orderly) = read_to_end(&mut stream);
+        assert!(
+            bytes == up && orderly,
+            "run {run}: {} of {}, {orderly}",
+            bytes.len(),
+            up.len()
+        );
+        talking.join().unwrap();
+    }
+}
+
+/// psql over TLS does so: the server resets behind the client's end, and nothing is wrong.
+#[test]
+fn a_reset_behind_the_local_clients_end_is_no_warning() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let client = Connect::to(&daemon, target.port, &LOCAL);
+    let local = client.dial();
+    let mut stream = target.accept();
+    local.shutdown(Shutdown::Write).unwrap();
+    assert!(read_to_end(&mut stream).1);
+    reset(stream);
+    daemon.logged(1, &["tunnel closed", "end=target_failed_after_close"]);
+    assert!(!read_to_end(&mut { local }).1);
+    assert!(!client.log().contains("WARN"), "{}", client.log());
+}
+
+#[test]
 fn a_refused_tunnel_is_a_reset_of_the_local_connection() {
     let daemon = Daemon::start(&[]);
-    let client = Connect::to(&daemon, closed_port(), &LOCAL);
+    let closed = closed_port();
+    let client = Connect::to(&daemon, closed.port, &LOCAL);
     let mut local = client.dial();
     assert_eq!(read_to_end(&mut local), (Vec::new(), false));
     client.logged("refused with 502: cannot reach localhost:");
@@ -690,23 +1036,103 @@ fn a_signal_ends_the_local_port_and_what_is_open_looks_cut_off() {
     assert_eq!(read_to_end(&mut stream), (Vec::new(), false));
 }
 
+/// What a client with a token, or without, says before it listens, but that its daemon isn't there.
+fn said_before_listening(url: &str, listen: &str, token: Option<&str>) -> String {
+    let options = ["--port", "1", "--listen", listen, "--dial-timeout", "100ms"];
+    let mut command = Connect::command(url, &options);
+    if let Some(token) = token {
+        command.env("TUNNELD_ACCESS_TOKEN", token);
+    }
+    let client = Connect::spawn(command);
+    client.address();
+    let log = client.log();
+    let (said, _) = log.split_once("listening on ").unwrap();
+    let (said, _) = said.rsplit_once('[').unwrap();
+    let lines = said.lines().filter(|line| !line.contains("not there yet"));
+    lines.collect()
+}
+
 #[test]
-fn a_local_port_for_everyone_is_warned_about() {
-    let options = ["--port", "1", "--listen", "0.0.0.0:0"];
-    let client = Connect::spawn(Connect::command("ws://127.0.0.1:1", &options));
-    client.logged("everyone who can connect to 0.0.0.0:");
+fn a_local_port_that_lends_a_token_or_is_not_local_says_so() {
+    let (here, everywhere) = ("127.0.0.1:0", "0.0.0.0:0");
+    let url = if cfg!(feature = "tls") {
+        "wss://box.example"
+    } else {
+        "ws://box.example"
+    };
+    let local = "ws://localhost:1";
+    assert_eq!(said_before_listening(local, here, None), "");
+    assert_eq!(said_before_listening("ws://192.0.2.1", here, None), "");
+    let line = said_before_listening(local, here, Some(TOKEN));
+    assert!(
+        line.contains("every user of this machine and every web page"),
+        "{line}"
+    );
+    assert!(line.contains("your access token"), "{line}");
+    let line = said_before_listening(url, everywhere, None);
+    assert!(
+        line.contains("everyone who can connect to 0.0.0.0:"),
+        "{line}"
+    );
+    assert!(!line.contains("token"), "{line}");
+    let line = said_before_listening(local, everywhere, Some(TOKEN));
+    assert!(
+        line.contains("everyone who can connect to 0.0.0.0:"),
+        "{line}"
+    );
+    assert!(line.contains("your access token"), "{line}");
+}
+
+#[test]
+fn a_token_that_crosses_a_network_in_the_clear_is_warned_about() {
+    let is_warned = |url: &str, token| {
+        let said = said_before_listening(url, "127.0.0.1:0", token);
+        assert!(!said.contains(TOKEN), "{said}");
+        said.contains(" unencrypted,")
+    };
+    for url in [
+        "ws://192.0.2.1:80",
+        "ws://box.example",
+        "http://[2001:db8::1]",
+    ] {
+        assert!(is_warned(url, Some(TOKEN)), "{url}");
+        assert!(!is_warned(url, None), "{url}");
+    }
+    for url in [
+        "ws://localhost:1",
+        "ws://127.0.0.2",
+        "ws://[::1]",
+        "ws://[::ffff:127.0.0.1]",
+    ] {
+        assert!(!is_warned(url, Some(TOKEN)), "{url}");
+    }
+    if cfg!(feature = "tls") {
+        assert!(!is_warned("wss://box.example", Some(TOKEN)));
+    }
+    // Without --listen it is one line before everything else.
+    let mut command = Connect::command("ws://192.0.2.1", &["--port", "1", "--dial-timeout", "1ms"]);
+    command.env("TUNNELD_ACCESS_TOKEN", TOKEN);
+    let (code, stderr) = Connect::spawn(command).ended();
+    assert_eq!((code, stderr.lines().count()), (1, 2), "{stderr}");
+    assert!(
+        stderr.lines().next().unwrap().contains(" unencrypted,"),
+        "{stderr}"
+    );
 }
 
 // --- servers that are no tunneld ----------------------------------------------------------------------
 
-/// Serves one connection: reads the request, answers with `behind` right behind the 101, and returns the
-/// connection.
-fn fake_server(behind: &'static [u8]) -> (String, JoinHandle<(TcpStream, String)>) {
+/// Serves one connection: reads the request, has `answer` written with the value of its Sec-WebSocket-Accept, and
+/// returns the connection and the request's head.
+fn serve_one(
+    answer: impl FnOnce(&mut TcpStream, &str) + Send + 'static,
+) -> (String, JoinHandle<(TcpStream, String)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("ws://{}/x?port=1", listener.local_addr().unwrap());
     let server = thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.set_nodelay(true).unwrap();
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") {
             head.push(char::from(take(&mut stream, 1)[0]));
@@ -715,15 +1141,40 @@ fn fake_server(behind: &'static [u8]) -> (String, JoinHandle<(TcpStream, String)
             .lines()
             .find_map(|line| line.strip_prefix("Sec-WebSocket-Key: "));
         let accept = tungstenite::handshake::derive_accept_key(key.unwrap().as_bytes());
-        let mut answer = format!(
-            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {accept}\r\n\r\n"
-        )
-        .into_bytes();
-        answer.extend(behind);
-        stream.write_all(&answer).unwrap();
+        answer(&mut stream, &accept);
         (stream, head)
     });
     (url, server)
+}
+
+/// The head of a 101 with these lines besides.
+fn head_101(accept: &str, lines: &str) -> String {
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {accept}\r\n{lines}\r\n\r\n"
+    )
+}
+
+/// Serves one connection with `behind` right behind the 101.
+fn fake_server(behind: &'static [u8]) -> (String, JoinHandle<(TcpStream, String)>) {
+    serve_one(move |stream, accept| {
+        let head = head_101(accept, "Connection: Upgrade");
+        stream
+            .write_all(&[head.as_bytes(), behind].concat())
+            .unwrap();
+    })
+}
+
+/// What a client with [`TOKEN`] says of a server that gives this answer and closes.
+fn refused(answer: impl AsRef<[u8]> + Send + 'static) -> String {
+    let (url, server) = serve_one(move |stream, _| stream.write_all(answer.as_ref()).unwrap());
+    let mut command = Connect::command(&url, &[]);
+    command.env("TUNNELD_ACCESS_TOKEN", TOKEN);
+    let mut client = Connect::spawn(command);
+    drop(server.join().unwrap());
+    let sentence = client.broke("");
+    sentence
+        .trim_end()
+        .replace(&url[5..url.len() - 9], "SERVER")
 }
 
 #[test]
@@ -733,10 +1184,28 @@ fn bytes_right_behind_the_101_are_not_lost() {
     let _stdin = client.stdin();
     let (stream, head) = server.join().unwrap();
     assert!(head.starts_with("GET /x?port=1 HTTP/1.1\r\n"), "{head}");
-    assert!(head.contains("user-agent: tunneld/"), "{head}");
+    let version = concat!("User-Agent: tunneld/", env!("CARGO_PKG_VERSION"), "\r\n");
+    assert!(head.contains(version), "{head}");
     assert!(!head.to_lowercase().contains("sec-websocket-protocol"));
     let mut stdout = client.stdout();
     assert_eq!(take(&mut stdout, 5), b"early");
+    // Stdin is idle, so the client sends its Close, and sees the server close the connection.
+    let mut stream = stream;
+    assert_eq!(take(&mut stream, 8)[..2], [0x88, 0x82]);
+    drop(stream);
+    assert_eq!(client.ended(), (0, String::new()));
+}
+
+/// Message boundaries mean nothing, not even a last one that is missing.
+#[test]
+fn bytes_of_an_unfinished_message_are_not_lost() {
+    let (url, server) = fake_server(b"\x02\x05early\x88\x02\x03\xe8");
+    let mut client = Connect::spawn(Connect::command(&url, &[]));
+    let _stdin = client.stdin();
+    let (stream, _) = server.join().unwrap();
+    assert_eq!(take(&mut client.stdout(), 5), b"early");
+    let mut stream = stream;
+    assert_eq!(take(&mut stream, 8)[..2], [0x88, 0x82]);
     drop(stream);
     assert_eq!(client.ended(), (0, String::new()));
 }
@@ -745,10 +1214,6 @@ fn bytes_right_behind_the_101_are_not_lost() {
 fn what_is_no_tunnel_is_a_broken_end() {
     for (behind, part) in [
         (&b"\x81\x02hi"[..], "a text message"),
-        (
-            b"\x82\x7f\x00\x00\x00\x00\x7f\xff\xff\xff",
-            "a message of more than 16 MiB",
-        ),
         (b"\x82\x82\x00\x00\x00\x00hi", "broke the protocol"),
         (&[0xff; 20], "broke the protocol"),
         (b"\x82\x05earl", "without a Close"),
@@ -782,25 +1247,280 @@ fn an_endless_refusal_is_read_to_a_bound_and_cannot_steer_a_terminal() {
 }
 
 #[test]
-fn a_silent_server_is_given_up_after_the_dial_timeout() {
+fn a_refusal_in_any_version_of_http_is_told() {
+    for (answer, sentence) in [
+        (
+            "HTTP/1.0 503 Service Unavailable\r\nConnection: close\r\n\r\ncome back later\n",
+            "tunneld: refused with 503: come back later",
+        ),
+        (
+            "HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+            "tunneld: refused with 503 Service Unavailable",
+        ),
+        (
+            "HTTP/1.1 204\r\n\r\n",
+            "tunneld: answered without an upgrade, with 204",
+        ),
+        (
+            "HTTP/2 400\r\n\r\n",
+            "tunneld: SERVER does not speak HTTP/1.1: it answered HTTP/2 400",
+        ),
+        (
+            "SSH-2.0-OpenSSH_9.2\r\nmore",
+            "tunneld: SERVER does not speak HTTP/1.1: it answered SSH-2.0-OpenSSH_9.2",
+        ),
+    ] {
+        assert_eq!(refused(answer), sentence, "{answer}");
+    }
+}
+
+#[test]
+fn a_refusal_is_readable_text_on_one_line() {
+    for (answer, sentence) in [
+        (
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 23\r\n\r\nno such\r\n\r\n   tunnel\n!!behind it",
+            "refused with 404: no such tunnel !!",
+        ),
+        (
+            "HTTP/1.1 502 Bad Gateway\r\ntransfer-encoding: Chunked\r\n\r\n8\r\nno answe\r\n6;a=b\r\nr from\r\n4\r\n app\r\n0\r\n\r\n",
+            "refused with 502: no answer from app",
+        ),
+        (
+            "HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{\"\r\n14\r\nmessage\":\"no app\"}  \r\n0\r\n\r\n",
+            "refused with 502: no app",
+        ),
+        (
+            "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html; charset=utf-8\r\n\r\n<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n<center><h1>502 Bad Gateway</h1></center>",
+            "refused with 502: 502 Bad Gateway",
+        ),
+        (
+            "HTTP/1.1 403 Forbidden\r\nContent-Type: text/html\r\n\r\n<p>Not from\n<b>here</b> &amp; now</p>",
+            "refused with 403: Not from here & now",
+        ),
+    ] {
+        assert_eq!(refused(answer), format!("tunneld: {sentence}"), "{answer}");
+    }
+}
+
+#[test]
+fn a_redirect_is_shown_and_not_followed() {
+    let (url, server) = serve_one(|stream, _| {
+        let host = stream.local_addr().unwrap();
+        let answer =
+            format!("HTTP/1.1 308 Permanent Redirect\r\nLocation: https://{host}/x?port=1\r\n\r\n");
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    let mut client = Connect::spawn(Connect::command(&url, &[]));
+    drop(server.join().unwrap());
+    client.broke(&format!(
+        "; use wss{}\n",
+        url.strip_prefix("ws")
+            .unwrap()
+            .strip_suffix("?port=1")
+            .unwrap()
+    ));
+    for status in [301, 302, 303, 307] {
+        let sentence = refused(format!(
+            "HTTP/1.1 {status} Moved\r\nLocation: https://login.example/\x3fnext={TOKEN}\r\n\r\n"
+        ));
+        assert_eq!(
+            sentence,
+            format!(
+                "tunneld: refused with {status}: a redirect to https://login.example/?next=(the token); redirects are not followed, use the daemon's own URL"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_101_in_any_lawful_form_is_taken() {
+    for (before, lines) in [
+        ("", "Connection: Upgrade, Keep-Alive"),
+        ("", "connection: keep-alive\r\nCONNECTION: close ,uPGRADE"),
+        ("HTTP/1.1 100 Continue\r\n\r\n", "Connection: Upgrade"),
+        (
+            "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n",
+            "Connection: Upgrade\r\nSec-WebSocket-Extensions: ",
+        ),
+    ] {
+        let (url, server) = serve_one(move |stream, accept| {
+            let heads = [before, &head_101(accept, lines)].concat();
+            let answer = [heads.as_bytes(), b"\x82\x02hi\x88\x02\x03\xe8"].concat();
+            // Byte by byte, each a packet of its own.
+            for byte in answer.chunks(1) {
+                stream.write_all(byte).unwrap();
+            }
+        });
+        let mut client = Connect::spawn(Connect::command(&url, &[]));
+        drop(client.stdin());
+        assert_eq!(take(&mut client.stdout(), 2), b"hi", "{lines}");
+        let (mut stream, _) = server.join().unwrap();
+        read_to_end(&mut stream);
+        drop(stream);
+        assert_eq!(client.ended(), (0, String::new()), "{lines}");
+    }
+}
+
+#[test]
+fn a_101_to_something_else_is_refused() {
+    let upgrade = "Connection: Upgrade";
+    for (answer, part) in [
+        (head_101("ACCEPT", ""), "lacks Connection: Upgrade"),
+        (
+            head_101("ACCEPT", "Connection: keep-alive"),
+            "lacks Connection: Upgrade",
+        ),
+        (
+            head_101("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", upgrade),
+            "Sec-WebSocket-Accept does not match",
+        ),
+        (
+            head_101("ACCEPT", upgrade).replace("Sec-WebSocket-Accept", "X"),
+            "Sec-WebSocket-Accept does not match",
+        ),
+        (
+            head_101("ACCEPT", upgrade).replace(": websocket", ": h2c"),
+            "its 101 switches to h2c",
+        ),
+        (
+            head_101("ACCEPT", upgrade).replace("Upgrade: websocket\r\n", ""),
+            "names no protocol",
+        ),
+        (
+            head_101(
+                "ACCEPT",
+                &format!("{upgrade}\r\nSec-WebSocket-Extensions: permessage-deflate; x=1, y"),
+            ),
+            "the extension permessage-deflate; x=1, which was not requested",
+        ),
+        (
+            head_101(
+                "ACCEPT",
+                &format!("{upgrade}\r\nSec-WebSocket-Protocol: binary"),
+            ),
+            "the subprotocol binary, which was not requested",
+        ),
+        (
+            "HTTP/1.1 100 Continue\r\n\r\n".repeat(100),
+            "keeps sending interim responses",
+        ),
+        (
+            format!("HTTP/1.1 101 x\r\nX: {}", "x".repeat(40_000)),
+            "a head of more than 32 KiB",
+        ),
+        (
+            "HTTP/1.1 101 Switching".into(),
+            "closed the connection before its answer was complete",
+        ),
+        ("HTTP/1.1 1001\r\n\r\n".into(), "a malformed HTTP head"),
+        (
+            String::new(),
+            "closed the connection without an answer: is it a TLS port (wss://)",
+        ),
+        (
+            "\u{15}\u{3}\u{1}\u{0}\u{2}\u{2}\u{46}".into(),
+            "answered with TLS: use wss://",
+        ),
+    ] {
+        let (url, server) = serve_one(move |stream, accept| {
+            let _ = stream.write_all(answer.replace("ACCEPT", accept).as_bytes());
+        });
+        let mut client = Connect::spawn(Connect::command(&url, &[]));
+        drop(server.join().unwrap());
+        client.broke(part);
+    }
+}
+
+#[test]
+fn the_token_is_masked_in_whatever_a_server_says() {
+    let encoded: String = TOKEN.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    let json: String = TOKEN
+        .chars()
+        .map(|c| format!("\\u{:04x}", u32::from(c)))
+        .collect();
+    for echo in [
+        TOKEN.to_owned(),
+        encoded,
+        json,
+        // Where its beginning is the last that would be shown.
+        format!("{}{TOKEN}", "x".repeat(485)),
+        // Where the server has cut it.
+        TOKEN[..TOKEN.len() - 1].to_owned(),
+    ] {
+        let sentence = refused(format!("HTTP/1.1 400 Bad Request\r\n\r\nyou said {echo}"));
+        let shown = sentence.replace("(the token)", "*");
+        assert!(sentence.contains("(the token)"), "{sentence}");
+        assert!(
+            !shown.contains(&TOKEN[..4]) && !shown.contains("%74") && !shown.contains("u0074"),
+            "{sentence}"
+        );
+        let (url, server) = serve_one(move |stream, accept| {
+            let head = head_101(accept, "Connection: Upgrade");
+            let reason = &echo[echo.len().saturating_sub(100)..];
+            let length = u8::try_from(reason.len() + 2).unwrap();
+            let frame = [&[0x88, length, 0x03, 0xf3], reason.as_bytes()].concat();
+            stream
+                .write_all(&[head.as_bytes(), &frame].concat())
+                .unwrap();
+        });
+        let mut command = Connect::command(&url, &[]);
+        command.env("TUNNELD_ACCESS_TOKEN", TOKEN);
+        let mut client = Connect::spawn(command);
+        let _stdin = client.stdin();
+        drop(server.join().unwrap());
+        client.broke("(the token) (close code 1011)");
+    }
+    let answer = format!("HTTP/1.1 418 {TOKEN}\r\nContent-Length: 0\r\n\r\n");
+    assert_eq!(refused(answer), "tunneld: refused with 418 (the token)");
+    let answer = format!("{TOKEN}\r\n");
+    assert!(refused(answer).ends_with("it answered (the token)"));
+}
+
+#[test]
+fn a_silent_server_is_given_up() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let options = ["--port", "1", "--dial-timeout", "300ms"];
+    let options = ["--port", "1", "--dial-timeout", "100ms"];
     let mut client = Connect::spawn(Connect::command(&format!("ws://{address}"), &options));
-    client.broke(&format!("no answer from {address} within 300ms"));
+    client.broke(&format!(
+        "no answer from {address} within 300ms, 3 times --dial-timeout"
+    ));
     // One that trickles its answer, too.
     thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
+        let (_silent, _) = listener.accept().unwrap();
         let (mut second, _) = listener.accept().unwrap();
-        let _ = stream.shutdown(Shutdown::Both);
         let _ = second.write_all(b"HTTP/1.1 101 Switching Protocols\r\n");
         while second.write_all(b"X: y\r\n").is_ok() {
             thread::sleep(Duration::from_millis(20));
         }
-        let _ = stream.write_all(b"");
     });
     let mut client = Connect::spawn(Connect::command(&format!("ws://{address}"), &options));
-    client.broke("");
+    client.broke(&format!("no answer from {address} within 300ms"));
+}
+
+/// A port whose listener takes no more connections: the kernel drops what comes.
+pub fn port_that_drops_syns() -> (TcpListener, Vec<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
+        queued.push(stream);
+    }
+    (listener, queued)
+}
+
+#[test]
+fn a_target_that_never_answers_is_told_by_the_daemon_with_equal_dial_timeouts() {
+    let timeout = ["--dial-timeout", "500ms"];
+    let daemon = Daemon::start(&timeout);
+    let (target, _queued) = port_that_drops_syns();
+    let port = target.local_addr().unwrap().port();
+    let options = [&timeout[..], &["--host", "127.0.0.1"]].concat();
+    let mut client = Connect::to(&daemon, port, &options);
+    client.broke(&format!(
+        "refused with 502: cannot reach 127.0.0.1:{port}: "
+    ));
 }
 
 /// Arguments that the client doesn't know must not become the daemon's.

@@ -27,6 +27,64 @@ fn a_file_of_certificates_is_checked_at_the_start() {
     }
 }
 
+#[test]
+fn a_client_certificate_is_checked_at_the_start() {
+    let wrong = |url: &str, options: &[&str], parts: &[&str]| {
+        let options = [&["-W", "1"], options].concat();
+        let (code, stderr) = fails_to_start(Connect::command(url, &options));
+        assert_eq!((code, stderr.lines().count()), (2, 1), "{stderr}");
+        assert!(parts.iter().all(|part| stderr.contains(part)), "{stderr}");
+    };
+    let (ws, wss) = ("ws://localhost:1", "wss://localhost:1");
+    wrong(ws, &["--cert", "/dev/null"], &["--cert is of no use"]);
+    wrong(ws, &["--key", "/dev/null"], &["--key is of no use"]);
+    if cfg!(not(feature = "tls")) {
+        return;
+    }
+    wrong(wss, &["--key", "/dev/null"], &["--cert FILE"]);
+    for path in ["/nonexistent", "/dev/null", "Cargo.toml"] {
+        wrong(
+            wss,
+            &["--cert", path],
+            &["certificates of --cert", path, "PEM"],
+        );
+    }
+    let file = |text: &str| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, text).unwrap();
+        file
+    };
+    let [own, other] = [(); 2].map(|()| rcgen::generate_simple_self_signed(["me".into()]).unwrap());
+    let (cert, key) = (
+        file(&own.cert.pem()),
+        file(&other.signing_key.serialize_pem()),
+    );
+    let (cert, key) = (cert.path().to_str().unwrap(), key.path().to_str().unwrap());
+    wrong(
+        wss,
+        &["--cert", cert],
+        &["key of --cert", cert, "there is none", "--key"],
+    );
+    wrong(
+        wss,
+        &["--cert", cert, "--key", key],
+        &["is not that of the certificate", key],
+    );
+    wrong(
+        wss,
+        &["--cert", cert, "--key", "/nonexistent"],
+        &["/nonexistent"],
+    );
+    let locked =
+        file("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIB\n-----END ENCRYPTED PRIVATE KEY-----\n");
+    let locked = locked.path().to_str().unwrap();
+    wrong(
+        wss,
+        &["--cert", cert, "--key", locked],
+        &["passphrase", locked],
+    );
+}
+
 #[cfg(feature = "tls")]
 mod through_a_proxy {
     use std::io::{Read, Write};
@@ -35,19 +93,38 @@ mod through_a_proxy {
     use std::thread;
     use std::time::{Duration, Instant};
 
-    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, date_time_ymd};
+    use rcgen::{
+        BasicConstraints, Certificate, CertificateParams, DnType, IsCa, Issuer, KeyPair,
+        date_time_ymd,
+    };
     use rustix::process::Signal;
     use rustls::crypto::ring::default_provider;
     use rustls::pki_types::PrivateKeyDer;
-    use rustls::{ServerConfig, ServerConnection};
+    use rustls::server::WebPkiClientVerifier;
+    use rustls::server::danger::ClientCertVerifier;
+    use rustls::{RootCertStore, ServerConfig, ServerConnection};
 
     use super::*;
+
+    fn named(name: &str, mut certificate: CertificateParams) -> CertificateParams {
+        let subject = &mut certificate.distinguished_name;
+        subject.push(DnType::CommonName, name);
+        certificate
+    }
+
+    fn for_localhost(is_ca: IsCa) -> CertificateParams {
+        let mut certificate = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        certificate.is_ca = is_ca;
+        certificate
+    }
 
     /// A proxy that takes TLS off in front of an address.
     struct Proxy {
         url: String,
         /// A PEM file with its certificate.
         ca_file: tempfile::NamedTempFile,
+        /// Of each connection that has ended, whether its client said so by a `close_notify`.
+        told: Arc<Mutex<Vec<bool>>>,
     }
 
     impl Proxy {
@@ -56,34 +133,61 @@ mod through_a_proxy {
             Proxy::with(address, CertificateParams::new([name.to_owned()]).unwrap())
         }
 
-        fn with(address: SocketAddr, mut certificate: CertificateParams) -> Proxy {
+        /// With a certificate that signs itself and is named.
+        fn with(address: SocketAddr, certificate: CertificateParams) -> Proxy {
+            let key = KeyPair::generate().unwrap();
+            let cert = named("a server", certificate).self_signed(&key).unwrap();
+            Proxy::showing(address, &[&cert], &key, &cert)
+        }
+
+        /// One that shows `chain`, the first of which is of `key`, and whose users name `trusted`.
+        fn showing(
+            address: SocketAddr,
+            chain: &[&Certificate],
+            key: &KeyPair,
+            trusted: &Certificate,
+        ) -> Proxy {
+            Proxy::asking(
+                address,
+                chain,
+                key,
+                trusted,
+                WebPkiClientVerifier::no_client_auth(),
+            )
+        }
+
+        /// One that lets in whom `clients` does.
+        fn asking(
+            address: SocketAddr,
+            chain: &[&Certificate],
+            key: &KeyPair,
+            trusted: &Certificate,
+            clients: Arc<dyn ClientCertVerifier>,
+        ) -> Proxy {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let port = listener.local_addr().unwrap().port();
-            let key = KeyPair::generate().unwrap();
-            let issuer = format!("proxy on {port}");
-            certificate
-                .distinguished_name
-                .push(DnType::CommonName, issuer);
-            let cert = certificate.self_signed(&key).unwrap();
             let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
             let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
                 .with_safe_default_protocol_versions()
                 .unwrap()
-                .with_no_client_auth()
-                .with_single_cert(vec![cert.der().clone()], key)
+                .with_client_cert_verifier(clients)
+                .with_single_cert(chain.iter().map(|cert| cert.der().clone()).collect(), key)
                 .unwrap();
             let config = Arc::new(config);
+            let told = Arc::<Mutex<Vec<bool>>>::default();
+            let note = Arc::clone(&told);
             thread::spawn(move || {
                 for tcp in listener.incoming().map_while(Result::ok) {
                     let tls = ServerConnection::new(Arc::clone(&config)).unwrap();
-                    relay(tls, tcp, address);
+                    relay(tls, tcp, address, &note);
                 }
             });
             let ca_file = tempfile::NamedTempFile::new().unwrap();
-            std::fs::write(&ca_file, cert.pem()).unwrap();
+            std::fs::write(&ca_file, trusted.pem()).unwrap();
             Proxy {
                 url: format!("wss://localhost:{port}"),
                 ca_file,
+                told,
             }
         }
 
@@ -101,7 +205,13 @@ mod through_a_proxy {
     }
 
     /// Leads a connection to `address`. An EOF there becomes a `close_notify`, and one here an EOF there.
-    fn relay(tls: ServerConnection, tcp: TcpStream, address: SocketAddr) {
+    fn relay(
+        tls: ServerConnection,
+        tcp: TcpStream,
+        address: SocketAddr,
+        told: &Arc<Mutex<Vec<bool>>>,
+    ) {
+        let told = Arc::clone(told);
         let tls = Arc::new(Mutex::new(tls));
         let plain = TcpStream::connect(address).unwrap();
         let tcp = Arc::new(tcp);
@@ -112,6 +222,7 @@ mod through_a_proxy {
         );
         thread::spawn(move || {
             let mut buffer = [0; 16 * 1024];
+            let mut is_told = false;
             while let Ok(count @ 1..) = (&*tcp_up).read(&mut buffer) {
                 let mut plain_bytes = Vec::new();
                 let mut bytes = &buffer[..count];
@@ -119,7 +230,9 @@ mod through_a_proxy {
                 let mut is_sound = true;
                 while !bytes.is_empty() && is_sound {
                     tls.read_tls(&mut bytes).unwrap();
-                    is_sound = tls.process_new_packets().is_ok();
+                    let state = tls.process_new_packets();
+                    is_sound = state.is_ok();
+                    is_told |= state.is_ok_and(|state| state.peer_has_closed());
                     let _ = tls.reader().read_to_end(&mut plain_bytes);
                 }
                 flush(&mut tls, &tcp_up);
@@ -128,6 +241,7 @@ mod through_a_proxy {
                     break;
                 }
             }
+            told.lock().unwrap().push(is_told);
             let _ = plain_up.shutdown(Shutdown::Write);
         });
         thread::spawn(move || {
@@ -145,13 +259,21 @@ mod through_a_proxy {
         });
     }
 
+    const PROTOCOLS: [&[&str]; 2] = [&[], &["--protocol", "connect-tcp"]];
+
     #[test]
     fn bytes_and_ends_go_through_in_both_directions() {
+        for protocol in PROTOCOLS {
+            relay_both_ways(protocol);
+        }
+    }
+
+    fn relay_both_ways(protocol: &[&str]) {
         const SIZE: usize = 5_000_000;
         let daemon = Daemon::start(&[]);
         let proxy = Proxy::to(daemon.address, "localhost");
         let target = Target::listen();
-        let mut client = proxy.client(target.port, &[]);
+        let mut client = proxy.client(target.port, protocol);
         let (mut stdin, mut stdout) = (client.stdin(), client.stdout());
         let mut stream = target.accept();
         stdin.write_all(b"hello").unwrap();
@@ -174,6 +296,45 @@ mod through_a_proxy {
         daemon.logged(1, &["tunnel closed", "closed in order"]);
     }
 
+    /// Only an orderly end is one for TLS, too.
+    #[test]
+    fn a_broken_end_is_without_a_close_notify() {
+        for protocol in PROTOCOLS {
+            let daemon = Daemon::start(&[]);
+            let proxy = Proxy::to(daemon.address, "localhost");
+            let target = Target::listen();
+            let client = proxy.client(target.port, &[&LOCAL[..], protocol].concat());
+            // The first connection is the client's own, which looks whether it would be served.
+            let ended = || proxy.told.lock().unwrap().len();
+            within(LIMIT, "the client has looked", || {
+                (ended() == 1).then_some(())
+            });
+            let (local, mut server) = (client.dial(), target.accept());
+            let before = ended();
+            local.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(read_to_end(&mut server), (vec![], true));
+            drop(server);
+            within(LIMIT, "the orderly end", || {
+                (ended() > before).then_some(())
+            });
+            assert_eq!(
+                proxy.told.lock().unwrap().last(),
+                Some(&true),
+                "{protocol:?}"
+            );
+            let (local, mut server) = (client.dial(), target.accept());
+            let before = ended();
+            reset(local);
+            assert!(!read_to_end(&mut server).1, "{protocol:?}");
+            within(LIMIT, "the broken end", || (ended() > before).then_some(()));
+            assert_eq!(
+                proxy.told.lock().unwrap().last(),
+                Some(&false),
+                "{protocol:?}"
+            );
+        }
+    }
+
     #[test]
     fn the_end_of_the_target_ends_the_client() {
         let daemon = Daemon::start(&[]);
@@ -191,7 +352,8 @@ mod through_a_proxy {
     fn a_broken_end_and_a_refusal_are_told() {
         let mut daemon = Daemon::start(&[]);
         let proxy = Proxy::to(daemon.address, "localhost");
-        proxy.client(closed_port(), &[]).broke("refused with 502: ");
+        let closed = closed_port();
+        proxy.client(closed.port, &[]).broke("refused with 502: ");
         let target = Target::listen();
         let mut client = proxy.client(target.port, &[]);
         let _stdin = client.stdin();
@@ -219,16 +381,116 @@ mod through_a_proxy {
     #[test]
     fn a_certificate_of_a_ca_is_no_servers_own_and_an_old_one_none() {
         let daemon = Daemon::start(&[]);
-        let mut of_a_ca = CertificateParams::new(["localhost".to_owned()]).unwrap();
-        of_a_ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let proxy = Proxy::with(daemon.address, of_a_ca);
+        let of_a_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let proxy = Proxy::with(daemon.address, for_localhost(of_a_ca));
         proxy
             .client(1, &[])
             .broke("basicConstraints=critical,CA:FALSE");
-        let mut expired = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        let mut expired = for_localhost(IsCa::NoCa);
         expired.not_after = date_time_ymd(2020, 1, 1);
         let expired = Proxy::with(daemon.address, expired);
         expired.client(1, &[]).broke("expired");
+    }
+
+    /// Whoever can read a sandbox's key could show whatever name that sandbox's certificate signs.
+    #[test]
+    fn a_named_certificate_that_is_no_cas_signs_nothing() {
+        let daemon = Daemon::start(&[]);
+        for is_ca in [IsCa::NoCa, IsCa::ExplicitNoCa] {
+            let key = KeyPair::generate().unwrap();
+            let sandbox = CertificateParams::new(["sandbox.example".to_owned()]).unwrap();
+            let mut sandbox = named("a sandbox", sandbox);
+            sandbox.is_ca = is_ca;
+            let of_sandbox = sandbox.self_signed(&key).unwrap();
+            let issuer = Issuer::new(sandbox, key);
+            let key = KeyPair::generate().unwrap();
+            let signed = for_localhost(IsCa::NoCa).signed_by(&key, &issuer).unwrap();
+            for chain in [&[&signed][..], &[&signed, &of_sandbox]] {
+                Proxy::showing(daemon.address, chain, &key, &of_sandbox)
+                    .client(1, &[])
+                    .broke("its certificate is not signed by a trusted CA");
+            }
+        }
+        assert!(!daemon.log().contains("refused"), "{}", daemon.log());
+    }
+
+    #[test]
+    fn a_named_cas_certificate_is_good_for_what_it_signs_and_a_servers_own_for_that_server() {
+        let daemon = Daemon::start(&[]);
+        let key = KeyPair::generate().unwrap();
+        let mut ca = named("a CA", CertificateParams::default());
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // A root is trusted for being named, whatever its date.
+        ca.not_after = date_time_ymd(2020, 1, 1);
+        let of_ca = ca.self_signed(&key).unwrap();
+        let issuer = Issuer::new(ca, key);
+        let key = KeyPair::generate().unwrap();
+        let signed = for_localhost(IsCa::NoCa).signed_by(&key, &issuer).unwrap();
+        for trusted in [&of_ca, &signed] {
+            Proxy::showing(daemon.address, &[&signed], &key, trusted)
+                .client(1, &["--host", "a b"])
+                .broke("refused with 400: ");
+        }
+    }
+
+    #[test]
+    fn a_server_that_asks_for_a_certificate_is_shown_one() {
+        let daemon = Daemon::start(&[]);
+        let key = KeyPair::generate().unwrap();
+        let mut ca = named("a CA", CertificateParams::default());
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let of_ca = ca.self_signed(&key).unwrap();
+        let issuer = Issuer::new(ca, key);
+        let mut roots = RootCertStore::empty();
+        roots.add(of_ca.der().clone()).unwrap();
+        let clients = WebPkiClientVerifier::builder_with_provider(
+            Arc::new(roots),
+            Arc::new(default_provider()),
+        );
+        let clients = clients.build().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let server = for_localhost(IsCa::NoCa).self_signed(&key).unwrap();
+        let proxy = Proxy::asking(daemon.address, &[&server], &key, &server, clients);
+        let key = KeyPair::generate().unwrap();
+        let me = named("me", CertificateParams::default());
+        let mine = me.clone().signed_by(&key, &issuer).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, mine.pem() + &key.serialize_pem()).unwrap();
+        let path = file.path().to_str().unwrap();
+        for options in [&["--cert", path][..], &["--cert", path, "--key", path]] {
+            let mut client = proxy.client(Target::echo().port, options);
+            client.stdin().write_all(b"hello").unwrap();
+            assert_eq!(client.rest(), b"hello");
+            assert_eq!(client.ended(), (0, String::new()));
+        }
+        // It says so at the start, and no local port is served.
+        let wants = "it wants a client certificate: name one with --cert and --key";
+        proxy.client(1, &[]).broke(wants);
+        proxy.client(1, &LOCAL).broke(wants);
+        let stranger = me.self_signed(&key).unwrap();
+        std::fs::write(&file, stranger.pem() + &key.serialize_pem()).unwrap();
+        proxy
+            .client(1, &["--cert", path])
+            .broke("does not accept the client's certificate");
+    }
+
+    #[test]
+    fn an_empty_variable_for_the_systems_certificates_is_an_unset_one() {
+        let url = "wss://127.0.0.1:1";
+        let outcome = |value: Option<&str>| {
+            let mut command = Connect::command(url, &["--port", "1"]);
+            for name in ["SSL_CERT_FILE", "SSL_CERT_DIR"] {
+                command.env_remove(name);
+                command.envs(value.map(|value| (name, value)));
+            }
+            fails_to_start(command)
+        };
+        assert_eq!(outcome(Some("")), outcome(None));
+        let (code, stderr) = outcome(Some("/nonexistent"));
+        assert!(
+            code == 2 && stderr.contains("no certificates to trust"),
+            "{stderr}"
+        );
     }
 
     #[test]
@@ -236,13 +498,30 @@ mod through_a_proxy {
         let daemon = Daemon::start(&[]);
         let proxy = Proxy::to(daemon.address, "localhost");
         let ca_file = proxy.ca_file.path().to_str().unwrap();
-        let url = format!("wss://{}", daemon.address);
         let options = ["--port", "1", "--ca-file", ca_file];
-        Connect::spawn(Connect::command(&url, &options)).broke("no TLS with 127.0.0.1:");
+        let client = |port: u16, options: &[&str]| {
+            let url = format!("wss://127.0.0.1:{port}");
+            Connect::spawn(Connect::command(&url, options))
+        };
+        client(daemon.address.port(), &options).broke("it does not speak TLS: use ws://");
+        let closing = Target::listen();
+        let mut early = client(closing.port, &options);
+        drop(closing.accept());
+        early.broke(
+            "it closed the connection without an answer; if it does not speak TLS, use ws://",
+        );
         let silent = Target::listen();
-        let url = format!("wss://127.0.0.1:{}", silent.port);
         let options = [&options[..], &["--dial-timeout", "300ms"]].concat();
-        Connect::spawn(Connect::command(&url, &options)).broke("raise --dial-timeout");
+        client(silent.port, &options).broke("raise --dial-timeout");
+    }
+
+    #[test]
+    fn a_port_with_tls_is_named() {
+        let daemon = Daemon::start(&[]);
+        let proxy = Proxy::to(daemon.address, "localhost");
+        let url = proxy.url.replace("wss:", "ws:");
+        Connect::spawn(Connect::command(&url, &["--port", "1"]))
+            .broke("answered with TLS: use wss://");
     }
 
     #[test]

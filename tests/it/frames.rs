@@ -1,40 +1,35 @@
-//! What inbound makes of the client's frames, however they arrive. For every input: properties.rs.
+//! What a tunnel makes of its peer's frames, however they arrive. For every input: properties.rs.
 
-use std::io::{self, Read};
+use tunneld::exposed::{Fault, Role};
 
-use tungstenite::Message;
-
-use tunneld::tunnel::frames::{Frames, Incoming};
-
+use crate::oracles::Arrival;
+use crate::oracles::frames::{Other, decoded_by};
 use crate::support::frame;
 
-/// A stream that is read in pieces of at most so many bytes.
-struct Pieces<R>(R, usize);
-
-impl<R: Read> Read for Pieces<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let limit = buffer.len().min(self.1);
-        self.0.read(&mut buffer[..limit])
-    }
-}
-
-/// What inbound makes of `wire`: the bytes, the other messages, and the error at the end.
-pub fn decoded(
+/// What the daemon makes of `wire`: the bytes, the other messages, and the fault at the end.
+fn decoded(
     wire: &[u8],
     early: usize,
     step: usize,
-    room: usize,
-) -> (Vec<u8>, Vec<Message>, String) {
-    let early = early.min(wire.len());
-    let mut frames = Frames::new(Pieces(&wire[early..], step), wire[..early].to_vec(), room);
-    let (mut bytes, mut others) = (Vec::new(), Vec::new());
-    loop {
-        match frames.receive() {
-            Ok(Incoming::Bytes(payload)) => bytes.extend(payload),
-            Ok(Incoming::Message(message)) => others.push(message),
-            Err(error) => return (bytes, others, error.to_string()),
-        }
-    }
+    read_size: usize,
+) -> (Vec<u8>, Vec<Other>, Fault) {
+    decoded_in(Role::Daemon, wire, early, step, read_size)
+}
+
+fn decoded_in(
+    role: Role,
+    wire: &[u8],
+    early: usize,
+    step: usize,
+    read_size: usize,
+) -> (Vec<u8>, Vec<Other>, Fault) {
+    let arrival = Arrival {
+        early,
+        step,
+        read_size,
+        times_out: false,
+    };
+    decoded_by(role, wire, arrival, false)
 }
 
 #[test]
@@ -62,7 +57,10 @@ fn bytes_come_out_as_they_went_in_however_they_are_cut() {
         assert!(bytes == data, "early {early} step {step} room {room}");
         assert_eq!(
             messages,
-            [Message::Ping("ping".into()), Message::Close(None)]
+            [
+                Other::Ping(b"ping".into()),
+                Other::Close(None, String::new())
+            ]
         );
     }
 }
@@ -71,9 +69,8 @@ fn bytes_come_out_as_they_went_in_however_they_are_cut() {
 fn a_piece_goes_on_before_the_frame_is_whole() {
     let mut begun = frame(0x82, &[7; 1000]);
     begun.truncate(8 + 10);
-    let (bytes, _, error) = decoded(&begun, 0, 1 << 20, 4096);
-    assert_eq!(bytes, [7; 10]);
-    assert!(error.contains("without closing handshake"), "{error}");
+    let (bytes, _, fault) = decoded(&begun, 0, 1 << 20, 4096);
+    assert_eq!((&bytes[..], fault), (&[7; 10][..], Fault::Eof));
 }
 
 #[test]
@@ -95,7 +92,7 @@ fn tungstenite_judges_what_is_wrong() {
         (
             "top bit of the length",
             [&[0x82, 0xff][..], &u64::MAX.to_be_bytes(), &[0; 9]].concat(),
-            "too long",
+            "length",
         ),
         ("unmasked", vec![0x82, 0x01, 0x00], "unmasked"),
         ("reserved bit", frame(0xc2, b"x"), "Reserved bits"),
@@ -115,11 +112,11 @@ fn tungstenite_judges_what_is_wrong() {
             [frame(0x02, b"x"), frame(0x81, b"y")].concat(),
             "fragment",
         ),
-        ("long control frame", frame(0x89, &[0; 126]), "too long"),
+        ("long control frame", frame(0x89, &[0; 126]), "length"),
         (
             "endless control frame",
             [&[0x89, 0xff][..], &(1u64 << 40).to_be_bytes(), &[0; 9]].concat(),
-            "too long",
+            "length",
         ),
         (
             "fragmented control frame",
@@ -134,10 +131,10 @@ fn tungstenite_judges_what_is_wrong() {
     ] {
         let wire = [wire, close.clone()].concat();
         for step in [1, 1 << 20] {
-            let (bytes, messages, error) = decoded(&wire, 0, step, 4096);
+            let (bytes, messages, found) = decoded(&wire, 0, step, 4096);
             assert!(
-                error.contains(fault),
-                "{name}: {error} {bytes:?} {messages:?}"
+                matches!(&found, Fault::Protocol(why) if why.contains(fault)),
+                "{name}: {found:?} {bytes:?} {messages:?}"
             );
         }
     }
@@ -149,6 +146,39 @@ fn a_text_message_is_reported_before_its_end() {
         frame(0x81, "x".repeat(100_000).as_bytes()),
         frame(0x01, b"\xff"),
     ] {
-        assert!(decoded(&wire, 0, 1 << 20, 4096).1[0].is_text());
+        assert_eq!(decoded(&wire, 0, 1 << 20, 4096).2, Fault::Text);
     }
+}
+
+/// A frame without a mask, as a server sends it.
+pub fn unmasked(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mut masked = frame(first, payload);
+    let header = masked.len() - payload.len() - 4;
+    masked[1] &= 0x7f;
+    [&masked[..header], payload].concat()
+}
+
+#[test]
+fn a_servers_frames_bear_no_mask() {
+    let data: Vec<u8> = (0..100_000u32).map(|n| (n / 251) as u8).collect();
+    let wire = [
+        unmasked(0x02, &data[..40_000]),
+        unmasked(0x89, b"ping"),
+        unmasked(0x80, &data[40_000..]),
+        unmasked(0x88, &[3, 0xe8]),
+    ]
+    .concat();
+    for (early, step) in [(0, 1), (0, 1 << 20), (9, 5000), (50_000, 1 << 20)] {
+        let (bytes, others, _) = decoded_in(Role::Client, &wire, early, step, 2048);
+        assert!(bytes == data, "early {early} step {step}");
+        assert_eq!(
+            others,
+            [
+                Other::Ping(b"ping".into()),
+                Other::Close(Some(1000), String::new())
+            ]
+        );
+    }
+    let (_, _, fault) = decoded_in(Role::Client, &frame(0x82, b"x"), 0, 100, 2048);
+    assert!(matches!(fault, Fault::Protocol(_)), "{fault:?}");
 }

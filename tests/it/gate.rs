@@ -1,8 +1,13 @@
 //! What reaches the gate before and beside a request: bytes in every shape, and clients that leave.
 
 use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
 use std::time::Duration;
 
+use rustix::process::Signal;
+
+use crate::connect::{Connect, LOCAL, take};
 use crate::support::*;
 
 #[test]
@@ -58,12 +63,12 @@ fn pipelined_requests_never_become_a_second_request() {
 }
 
 #[test]
-fn a_forged_ticket_is_not_believed() {
+fn a_forged_request_id_is_not_believed() {
     let daemon = Daemon::start(&[]);
     let target = Target::echo();
     let mut tunnel = Client::open(&daemon, target.port);
-    for ticket in 0..5 {
-        let answer = daemon.get("/health", &[&format!("X-Tunneld-Ticket: {ticket}")]);
+    for id in 0..5 {
+        let answer = daemon.get("/health", &[&format!("X-Tunneld-Request-Id: {id}")]);
         assert_eq!(answer.status, 204);
     }
     tunnel.send(b"x");
@@ -116,7 +121,7 @@ fn an_answer_is_not_lost_to_bytes_that_come_behind_the_request() {
                 .concat(),
             )
             .unwrap();
-        std::thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(5));
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
@@ -136,5 +141,51 @@ fn a_burst_of_connections_is_served_to_the_last() {
         for stream in &mut streams {
             assert_eq!(Answer::read(stream).status, 204);
         }
+    }
+}
+
+/// Connects `count` times. A connection that finds the queue full takes a second at least.
+fn burst(address: SocketAddr, count: usize) -> Vec<TcpStream> {
+    let connect = || {
+        let stream = TcpStream::connect_timeout(&address, Duration::from_millis(900)).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream
+    };
+    (0..count).map(|_| connect()).collect()
+}
+
+#[test]
+fn a_burst_while_nothing_is_accepted_waits_in_the_queue() {
+    let daemon = Daemon::start(&["--max-connections", "1000"]);
+    daemon.signal(Signal::STOP);
+    let mut streams = burst(daemon.address, 600);
+    daemon.signal(Signal::CONT);
+    for stream in &mut streams {
+        let _ = stream.write_all(request("GET", "/health", &[]).as_bytes());
+    }
+    for stream in &mut streams {
+        assert_eq!(Answer::read(stream).status, 204);
+    }
+}
+
+#[test]
+fn a_burst_at_the_local_port_is_served_though_the_target_speaks_first() {
+    let target = Target::listen();
+    let port = target.port;
+    thread::spawn(move || {
+        let greet = |mut stream: TcpStream| stream.write_all(b"hello").map(|()| stream);
+        let mut greeted = Vec::new();
+        for _ in 0..200 {
+            greeted.push(greet(target.accept()).unwrap());
+        }
+    });
+    let daemon = Daemon::start(&[]);
+    let client = Connect::to(&daemon, port, &LOCAL);
+    let address = client.address();
+    client.signal(Signal::STOP);
+    let mut streams = burst(address, 200);
+    client.signal(Signal::CONT);
+    for stream in &mut streams {
+        assert_eq!(take(stream, 5), b"hello");
     }
 }

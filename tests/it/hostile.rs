@@ -1,10 +1,14 @@
 //! Clients without good intentions, with a real client beside them that must not notice.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
 
 use crate::support::*;
 
@@ -198,7 +202,10 @@ fn running_out_of_descriptors_is_survived() {
         });
         bystander.works();
     }
-    assert!(daemon.log().lines().count() < 200, "{}", daemon.log());
+    // A line for each connection that was turned away, and few beside them.
+    let log = daemon.log();
+    let others = log.lines().filter(|line| !line.contains("refused:"));
+    assert!(others.count() < 50, "{log}");
 }
 
 #[test]
@@ -221,70 +228,118 @@ fn set_limit(daemon: &Daemon, limit: &str) {
 }
 
 #[test]
-fn a_tiny_http_that_died_of_missing_descriptors_is_replaced() {
+fn parsing_a_head_takes_no_descriptor() {
     let daemon = Daemon::start(&[]);
     let target = Target::echo();
     let mut bystander = Bystander::of(&daemon, &target);
-    for _ in 0..3 {
-        // tiny_http hangs up behind a request of HTTP/1.0, so the next one takes a new connection to it.
-        let connected = daemon.descriptors();
-        let old = request("GET", "/health", &[]).replace("HTTP/1.1", "HTTP/1.0");
-        assert_eq!(daemon.ask(old).status, 204);
-        within(LIMIT, "tiny_http has hung up", || {
-            (daemon.descriptors() + 3 <= connected).then_some(())
-        });
-        // Room for a connection and its private socket, but not for what tiny_http needs behind it.
-        let room = daemon.descriptors() + 2;
+    daemon.get("/health", &[]);
+    for version in ["HTTP/1.0", "HTTP/1.1", "HTTP/1.0"] {
+        let health = request("GET", "/health", &[]).replace("HTTP/1.1", version);
+        assert_eq!(daemon.ask(&health).status, 204);
+        // Room for the client's connection and for nothing else.
+        let room = daemon.descriptors() + 1;
         set_limit(&daemon, &format!("--nofile={room}:"));
-        let mut stream = daemon.connect();
-        stream
-            .write_all(request("GET", "/health", &[]).as_bytes())
-            .unwrap();
-        // The fresh one may find room in what the failed one left.
-        let answer = rest(&mut stream);
-        let served = [&b"HTTP/1.1 204 "[..], b"HTTP/1.1 503 "]
-            .iter()
-            .any(|line| answer.starts_with(line));
-        assert!(served, "{}", String::from_utf8_lossy(&answer));
+        assert_eq!(daemon.ask(&health).status, 204, "{version}");
         bystander.works();
         set_limit(&daemon, "--nofile=1024:");
-        within(LIMIT, "it serves again", || {
-            (daemon.get("/health", &[]).status == 204).then_some(())
-        });
-        bystander.works();
     }
-    daemon.logged(1, &["WARN", "tiny_http failed and is replaced"]);
+    assert!(!daemon.log().contains("tiny_http"), "{}", daemon.log());
 }
 
-#[test]
-fn threads_that_cannot_start_are_survived() {
-    // The limit counts all threads of a user, and root has none: a user of our own.
-    let uid = 61_000 + std::process::id() % 4000;
-    let mut command = Command::new("setpriv");
+/// A daemon of a user of its own, as RLIMIT_NPROC counts all threads of a user and does not bind root. `None` without
+/// root. The text makes a `setpriv` that user, and the program lies in the directory.
+fn of_another_user(limits: &[&str]) -> Option<(Daemon, String, TempDir)> {
+    static USERS: AtomicU32 = AtomicU32::new(0);
+    let number = USERS.fetch_add(1, Ordering::SeqCst);
+    let user = format!(
+        "--reuid={}",
+        61_000 + std::process::id() % 1000 * 4 + number
+    );
+    let can = Command::new("setpriv")
+        .args([&user, "--clear-groups", "--", "true"])
+        .status();
+    if !can.is_ok_and(|status| status.success()) {
+        skip("root, to become another user");
+        return None;
+    }
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("tunneld");
     std::fs::copy(env!("CARGO_BIN_EXE_tunneld"), &program).unwrap();
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(directory.path(), open).unwrap();
-    command
-        .args([
-            &format!("--reuid={uid}"),
-            "--clear-groups",
-            "--",
-            "prlimit",
-            "--nproc=24",
-            "--",
-        ])
-        .arg(&program);
+    let mut command = Command::new("setpriv");
+    command.args([&user, "--clear-groups", "--", "prlimit"]);
+    command.args(limits).arg("--").arg(&program);
     command.args(["--listen", "127.0.0.1:0"]);
-    let can = Command::new("setpriv")
-        .args([&format!("--reuid={uid}"), "--clear-groups", "--", "true"])
-        .status();
-    if !can.is_ok_and(|status| status.success()) {
-        println!("skipped: needs root to become another user");
+    Some((Daemon::spawn(command), user, directory))
+}
+
+#[test]
+fn silent_connections_under_a_limit_of_threads_keep_no_tunnel_out() {
+    let Some((daemon, _user, _directory)) = of_another_user(&["--nproc=300"]) else {
         return;
+    };
+    daemon.logged(1, &["WARN", "300 threads allow", "RLIMIT_NPROC"]);
+    let target = Target::echo();
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut silent = VecDeque::new();
+            while !ended.load(Ordering::SeqCst) {
+                silent.push_back(daemon.connect());
+                if silent.len() > 295 {
+                    silent.pop_front();
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        daemon.logged(100, &["refused:", "status=408"]);
+        for _ in 0..40 {
+            Bystander::of(&daemon, &target).works();
+        }
+        ended.store(true, Ordering::SeqCst);
+    });
+    assert!(!daemon.log().contains("status=503"), "{}", daemon.log());
+}
+
+#[test]
+fn a_head_that_is_awaited_gives_its_thread_to_a_request() {
+    let Some((daemon, user, _directory)) = of_another_user(&["--nproc=1000"]) else {
+        return;
+    };
+    let target = Target::echo();
+    // Others of the user have taken all threads but so many.
+    let threads = daemon.threads() + 6;
+    let lowered = Command::new("setpriv")
+        .args([&user, "--clear-groups", "--", "prlimit"])
+        .args(["--pid", &daemon.pid().as_raw_nonzero().to_string()])
+        .arg(format!("--nproc={threads}"))
+        .status();
+    assert!(lowered.unwrap().success());
+    let mut silent: Vec<_> = (0..40).map(|_| daemon.connect()).collect();
+    for _ in 0..20 {
+        assert_eq!(daemon.get("/health", &[]).status, 204);
     }
-    let mut daemon = Daemon::spawn(command);
+    assert!(daemon.threads() <= threads);
+    let evicted = rest(&mut silent[0]);
+    assert!(evicted.starts_with(b"HTTP/1.1 408 "));
+    // A tunnel needs three more at once: one try makes room for the next.
+    within(LIMIT, "a tunnel opens", || {
+        let mut stream = daemon.connect();
+        let url = format!("/tunnel?port={}", target.port);
+        let head = request("GET", &url, &UPGRADE);
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).unwrap();
+        (&status == b"HTTP/1.1 101").then_some(())
+    });
+}
+
+#[test]
+fn threads_that_cannot_start_are_survived() {
+    let Some((mut daemon, _user, _directory)) = of_another_user(&["--nproc=24"]) else {
+        return;
+    };
     let target = Target::echo();
     let mut bystander = Bystander::of(&daemon, &target);
     for _ in 0..3 {
@@ -428,11 +483,32 @@ fn a_flood_of_refusals_is_summarised() {
         let log = daemon.log();
         let sums = log
             .lines()
-            .filter(|line| line.contains("refusals were not logged"));
-        let left_out = sums.filter_map(|line| line.split(' ').rev().nth(5)?.parse::<usize>().ok());
+            .filter(|line| line.contains("more refusals with status=404 were not logged"));
+        let left_out = sums.filter_map(|line| line.split(' ').rev().nth(7)?.parse::<usize>().ok());
         (log.matches("refused:").count() + left_out.sum::<usize>() == 400).then_some(())
     });
-    daemon.logged(1, &["WARN", "more refusals were not logged"]);
+    daemon.logged(
+        1,
+        &["WARN", "more refusals with status=404 were not logged"],
+    );
+}
+
+#[test]
+fn a_flood_of_one_status_hides_no_other() {
+    let daemon = Daemon::start_closed(&["--deny-target", "192.0.2.1"]);
+    let token = format!("X-Access-Token: {TOKEN}");
+    let denied = "/tunnel?host=192.0.2.1&port=22";
+    for _ in 0..20 {
+        for _ in 0..20 {
+            assert_eq!(daemon.get_upgrade(denied, &[]).status, 401);
+        }
+        assert_eq!(daemon.get_upgrade(denied, &[&token]).status, 403);
+    }
+    daemon.logged(20, &["refused:", "status=403", "192.0.2.1:22"]);
+    daemon.logged(
+        1,
+        &["WARN", "more refusals with status=401 were not logged"],
+    );
 }
 
 #[test]

@@ -69,6 +69,32 @@ fn a_daemon_that_stood_still_hears_first_and_judges_then() {
 }
 
 #[test]
+fn a_busy_download_is_pinged_between_its_messages() {
+    let daemon = Daemon::start(&["--ping-interval", "100ms"]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    let streaming = thread::spawn(move || while server.write_all(&[7; 100_000]).is_ok() {});
+    let mut between = 0u64;
+    for _ in 0..10 {
+        let ping = loop {
+            match client.see() {
+                Seen::Binary(bytes) => between += bytes.len() as u64,
+                other => break other,
+            }
+        };
+        let Seen::Ping(payload) = ping else {
+            panic!("{ping:?} instead of a ping")
+        };
+        assert!(between > 0, "nothing came before it");
+        between = 0;
+        client.send_frame(0x8a, &payload);
+    }
+    drop(client);
+    streaming.join().unwrap();
+}
+
+#[test]
 fn bytes_that_were_answered_for_do_not_lengthen_the_ping_timeout() {
     let daemon = Daemon::start(&[&HASTY[..], &["--stall-timeout", "300s"]].concat());
     let target = Target::listen();

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::Shutdown;
+
+use rustix::process::Signal;
 
 use crate::support::*;
 
@@ -127,25 +130,49 @@ fn tunnels_and_their_bytes_are_counted_while_they_are_open_and_after() {
 
 #[test]
 fn ends_are_counted_by_how() {
-    let daemon = Daemon::start(&["--linger", "100ms"]);
+    let mut daemon = Daemon::start(&["--linger", "100ms", "--shutdown-grace", "1s"]);
     let target = Target::listen();
     let open = || (Client::open(&daemon, target.port), target.accept());
     let closed = |end: &str| {
         let name = format!("tunneld_tunnels_closed_total{{end=\"{end}\"}}");
         scrape_until(&daemon, &name, 1.0);
     };
+    let (mut client, server) = open();
+    drop(server);
+    assert_eq!(client.see(), CLOSE_1000);
+    client.finish();
+    closed("orderly");
     let (_client, server) = open();
     reset(server);
     closed("target_failed");
+    let (mut client, server) = open();
+    client.send_close(1000);
+    daemon.logged(1, &["tunnel opened"]);
+    let mut server = server;
+    assert!(read_to_end(&mut server).1);
+    reset(server);
+    closed("target_failed_after_close");
+    let (client, server) = open();
+    drop(server);
+    let mut stream = client.stream;
+    while stream.write_all(&frame(0x82, &[0; 1000])).is_ok() {}
+    closed("upload_cut_short");
+    let (mut client, _server) = open();
+    client.send_close(1011);
+    closed("client_aborted");
     let (client, _server) = open();
     drop(client);
     closed("client_vanished");
     let (mut client, _server) = open();
     client.send_frame(0x81, b"x");
     closed("protocol_error");
-    let (mut client, _server) = open();
-    client.send_close(1000);
+    let (_client, server) = open();
+    server.shutdown(Shutdown::Write).unwrap();
     closed("linger");
+    let (_client, _server) = open();
+    daemon.signal(Signal::TERM);
+    daemon.logged(1, &["tunnel closed", "end=shutdown"]);
+    assert!(daemon.exit().success());
 }
 
 #[test]

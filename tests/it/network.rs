@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use crate::connect_tcp::{Capsules, End, FINAL_DATA};
 use crate::support::*;
 
 const SERVER: &str = "192.0.2.1";
@@ -23,7 +24,7 @@ struct Network {
 }
 
 impl Network {
-    /// `None`, and a line that says so, where namespaces can't be made.
+    /// `None` where namespaces can't be made, and the test is skipped.
     fn new(name: &str) -> Option<Network> {
         let id = std::process::id();
         let network = Network {
@@ -44,7 +45,7 @@ impl Network {
         if made.iter().all(|command| ip(command)) {
             return Some(network);
         }
-        println!("skipped: network namespaces can't be made here (needs root and iproute2)");
+        skip("root, network namespaces and iproute2");
         None
     }
 
@@ -55,6 +56,16 @@ impl Network {
                 "-n {side} neighbour replace {peer} lladdr 02:00:00:00:00:99 dev cable nud permanent"
             )));
         }
+    }
+
+    /// Has nothing come any more that the client's side sends, or has it come again.
+    fn mute_client(&self, is_muted: bool) {
+        let nobody = if is_muted {
+            "replace 192.0.2.1 lladdr 02:00:00:00:00:99 dev cable nud permanent"
+        } else {
+            "delete 192.0.2.1 dev cable"
+        };
+        assert!(ip(&format!("-n {} neighbour {nobody}", self.client)));
     }
 
     fn daemon(&self, options: &[&str]) -> Daemon {
@@ -93,31 +104,34 @@ fn inside<T: Send>(namespace: &str, make: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Opens a tunnel, cuts the network, lets the target do `meanwhile`, which says whether it saw the reset, and
+/// Opens a tunnel of `upgrade`, cuts the network, lets the target do `meanwhile`, which says whether it saw the reset, and
 /// returns how long the target waited for it, with the log's line.
 fn cut_off(
     name: &str,
-    options: &[&str],
+    upgrade: &[&str],
     meanwhile: impl FnOnce(&mut TcpStream) -> bool,
 ) -> Option<(Duration, String)> {
     let network = Network::new(name)?;
-    let daemon = network.daemon(options);
+    let daemon = network.daemon(&OPTIONS);
     let address: SocketAddr = daemon.address;
+    let idle = daemon.threads();
     inside(&network.client, || {
         within(LIMIT, "the cable carries", || {
             TcpStream::connect(address).ok()
         })
     });
     let target = inside(&network.server, Target::listen);
-    let head = request("GET", &format!("/tunnel?port={}", target.port), &UPGRADE)
+    let head = request("GET", &format!("/tunnel?port={}", target.port), upgrade)
         .replace("Host: localhost", "Host: 192.0.2.1");
     let (before, client) = inside(&network.client, || {
         within(LIMIT, "earlier connections are gone", || {
-            (daemon.threads() <= 9).then_some(())
+            (daemon.threads() <= idle).then_some(())
         });
         let before = (daemon.threads(), daemon.descriptors());
-        let stream = TcpStream::connect(address).unwrap();
-        (before, Client::upgrade(stream, head.as_bytes()))
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        assert!(head_of(&mut stream).starts_with("HTTP/1.1 101 "));
+        (before, stream)
     });
     let mut server = target.accept();
     network.cut();
@@ -142,7 +156,7 @@ const OPTIONS: [&str; 6] = [
 
 #[test]
 fn an_idle_client_that_is_cut_off_is_gone_within_ping_interval_and_timeout() {
-    let Some((waited, line)) = cut_off("i", &OPTIONS, |_| false) else {
+    let Some((waited, line)) = cut_off("i", &UPGRADE, |_| false) else {
         return;
     };
     assert!(line.contains("no pong within the ping timeout"), "{line}");
@@ -151,7 +165,7 @@ fn an_idle_client_that_is_cut_off_is_gone_within_ping_interval_and_timeout() {
 
 #[test]
 fn a_client_that_is_cut_off_with_bytes_on_their_way_is_gone_within_the_stall_timeout() {
-    let Some((waited, line)) = cut_off("b", &OPTIONS, |server| {
+    let Some((waited, line)) = cut_off("b", &UPGRADE, |server| {
         server.write_all(&[1; 1000]).is_err()
     }) else {
         return;
@@ -172,7 +186,7 @@ fn a_client_that_is_cut_off_with_megabytes_on_their_way_is_gone_within_the_stall
         let error = std::iter::repeat_with(|| server.write_all(&[1; 50_000])).find_map(Result::err);
         error.is_some_and(|error| error.kind() == ErrorKind::ConnectionReset)
     };
-    let Some((waited, line)) = cut_off("m", &OPTIONS, flood) else {
+    let Some((waited, line)) = cut_off("m", &UPGRADE, flood) else {
         return;
     };
     assert!(
@@ -183,4 +197,101 @@ fn a_client_that_is_cut_off_with_megabytes_on_their_way_is_gone_within_the_stall
         waited > Duration::from_secs(2) && waited < Duration::from_secs(6),
         "{waited:?}"
     );
+}
+
+/// No pong is owed there, but the empty capsule of the next ping interval is not acknowledged.
+#[test]
+fn an_idle_client_of_connect_tcp_that_is_cut_off_is_gone_within_the_stall_timeout() {
+    let Some((waited, line)) = cut_off("c", &UPGRADE_TO_CONNECT_TCP, |_| false) else {
+        return;
+    };
+    assert!(line.contains("end=client_vanished"), "{line}");
+    assert!(
+        waited > Duration::from_secs(2) && waited < Duration::from_secs(8),
+        "{waited:?}"
+    );
+}
+
+/// A target that has closed answers what still comes with a reset, which takes a round trip. Until then both ends look
+/// orderly.
+#[test]
+fn a_reset_that_comes_a_moment_behind_both_ends_is_an_upload_cut_short() {
+    let Some(network) = Network::new("late") else {
+        return;
+    };
+    let daemon = network.daemon(&[]);
+    let target = inside(&network.client, || {
+        within(LIMIT, "the address is there", || {
+            std::net::TcpListener::bind((CLIENT, 0)).ok().map(drop)
+        });
+        Target::listen_on("192.0.2.2:0")
+    });
+    let path = format!("/tunnel?host={CLIENT}&port={}", target.port);
+    let open = |upgrade| {
+        let head = request("GET", &path, upgrade).replace("Host: localhost", "Host: 192.0.2.1");
+        let stream = inside(&network.server, || daemon.connect());
+        (stream, head)
+    };
+    let behind_the_end = |finish: &mut dyn FnMut()| {
+        network.mute_client(true);
+        finish();
+        // The daemon's system sends it again in a while, and hears the answer then.
+        thread::sleep(Duration::from_millis(100));
+        network.mute_client(false);
+    };
+
+    let (stream, head) = open(&UPGRADE);
+    let mut client = Client::upgrade(stream, head.as_bytes());
+    drop(target.accept());
+    assert_eq!(client.see(), CLOSE_1000);
+    behind_the_end(&mut || {
+        client.send(b"late");
+        client.send_close(1000);
+    });
+    assert_eq!(client.see(), Seen::Reset);
+
+    let (stream, head) = open(&UPGRADE_TO_CONNECT_TCP);
+    let mut client = Capsules::upgrade(stream, head.as_bytes());
+    drop(target.accept());
+    assert_eq!(client.see_all(), (vec![], End::Final));
+    behind_the_end(&mut || client.send(FINAL_DATA, b"late"));
+    assert_eq!(client.see_all(), (vec![], End::Reset));
+    daemon.logged(2, &["tunnel closed:", "up=4", "end=upload_cut_short"]);
+}
+
+#[test]
+fn a_closed_port_among_those_the_system_gives_away_stays_closed_and_free() {
+    let Some(network) = Network::new("p") else {
+        return;
+    };
+    // So few that an attempt to connect is soon given the port that it is for.
+    let (first, last, port) = (40_000, 40_019, 40_010);
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    inside(&network.server, || {
+        std::fs::write(range, format!("{first} {last}")).unwrap();
+    });
+    let daemon = network.daemon(&[]);
+    let address = daemon.address;
+    let head = request("GET", &format!("/tunnel?port={port}"), &UPGRADE)
+        .replace("Host: localhost", "Host: 192.0.2.1");
+    let ask = || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        Answer::read(&mut stream)
+    };
+    inside(&network.client, || {
+        within(LIMIT, "the cable carries", || {
+            TcpStream::connect(address).ok()
+        });
+        for _ in 0..200 {
+            let answer = ask();
+            assert_eq!(answer.status, 502);
+            assert!(answer.message().contains("Connection refused"));
+        }
+    });
+    let service = inside(&network.server, || {
+        std::net::TcpListener::bind(("127.0.0.1", port))
+    });
+    service.unwrap();
 }

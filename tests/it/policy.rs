@@ -1,5 +1,11 @@
 //! `--allow-target` and `--deny-target`, attacked: 403, and nothing is dialed.
 
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use socket2::{Domain, Socket, Type};
+
 use crate::support::*;
 
 /// Asks for a tunnel that must be refused by the policy, and returns why.
@@ -44,6 +50,23 @@ fn a_denied_address_is_403_in_every_spelling_and_never_dialed() {
     daemon.logged(LOOPBACK.len(), &["refused:", "status=403"]);
 }
 
+/// The recipe for a daemon beside an agent that trusts whoever is local.
+#[test]
+fn one_port_of_loopback_is_closed_in_every_spelling_and_others_are_open() {
+    let (agent, other) = (Target::listen(), Target::echo());
+    for rule in [
+        format!("localhost:{}", agent.port),
+        format!("*:{}", agent.port),
+    ] {
+        let daemon = Daemon::start(&["--deny-target", &rule]);
+        for host in LOOPBACK {
+            forbidden(&daemon, host, agent.port);
+        }
+        permitted(&daemon, "localhost", &other);
+    }
+    assert!(!agent.was_dialed());
+}
+
 #[test]
 fn only_what_is_allowed_is_dialed() {
     let target = Target::echo();
@@ -84,14 +107,25 @@ fn a_range_of_ports_ends_where_it_says() {
 const HOSTS: &str =
     "127.0.0.1 both.test\n127.0.0.9 both.test hidden.test\n127.0.0.1 open.test a.sub.test\n";
 
+/// Takes a port of 127.0.0.1, so that nothing else listens there or connects to itself. `None` if it is taken.
+fn refuse(port: u16) -> Option<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    socket.bind(&address.into()).ok().map(|()| socket)
+}
+
 #[test]
 fn a_name_is_judged_by_what_it_resolves_to() {
     let options = ["--deny-target", "127.0.0.9"];
     let Some(daemon) = Daemon::start_with_file("/etc/hosts", HOSTS, &options) else {
-        println!("skipped: needs root and mount namespaces");
         return;
     };
-    let (target, hidden) = (Target::echo(), Target::listen_on("127.0.0.9:0"));
+    let target = Target::echo();
+    let (hidden, _refusing) = within(LIMIT, "a port that is free on both addresses", || {
+        let hidden = Target::listen_on("127.0.0.9:0");
+        let refusing = refuse(hidden.port)?;
+        Some((hidden, refusing))
+    });
     let message = forbidden(&daemon, "hidden.test", hidden.port);
     assert!(message.contains("127.0.0.9"), "{message}");
     permitted(&daemon, "open.test", &target);
@@ -106,7 +140,6 @@ fn a_name_is_judged_by_what_it_resolves_to() {
 fn names_are_allowed_and_denied_by_name() {
     let options = ["--allow-target", "*.test", "--deny-target", "open.test"];
     let Some(daemon) = Daemon::start_with_file("/etc/hosts", HOSTS, &options) else {
-        println!("skipped: needs root and mount namespaces");
         return;
     };
     let target = Target::echo();
@@ -155,15 +188,78 @@ fn a_name_that_can_only_be_forbidden_is_not_looked_up() {
     forbidden(&daemon, "does-not-resolve.invalid", 80);
 }
 
+/// Answers each query for an address with 127.0.0.1, and keeps the names that were asked for.
+fn name_server(socket: UdpSocket) -> Arc<Mutex<Vec<String>>> {
+    let names = Arc::new(Mutex::new(Vec::new()));
+    let asked = Arc::clone(&names);
+    thread::spawn(move || {
+        let mut query = [0; 512];
+        while let Ok((length, peer)) = socket.recv_from(&mut query) {
+            let question = &query[12..length];
+            let (mut labels, mut at) = (Vec::new(), 0);
+            while question[at] > 0 {
+                let end = at + 1 + question[at] as usize;
+                labels.push(String::from_utf8_lossy(&question[at + 1..end]).into_owned());
+                at = end;
+            }
+            asked.lock().unwrap().push(labels.join("."));
+            let is_ipv4 = question[at + 1..at + 3] == [0, 1];
+            let head = [
+                &query[..2],
+                &[0x81, 0x80, 0, 1, 0, is_ipv4.into(), 0, 0, 0, 0],
+            ]
+            .concat();
+            let answer = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1];
+            let answer = if is_ipv4 { &answer[..] } else { &[] };
+            let _ = socket.send_to(&[&head, &question[..at + 5], answer].concat(), peer);
+        }
+    });
+    names
+}
+
 #[test]
-fn a_short_name_is_denied_as_the_resolver_completes_it() {
-    let options = ["--deny-target", "*.cluster.local"];
-    let search = "nameserver 127.0.0.1\nsearch svc.cluster.local cluster.local\noptions ndots:5\n";
-    let Some(daemon) = Daemon::start_with_file("/etc/resolv.conf", search, &options) else {
-        println!("skipped: needs root and mount namespaces");
+fn no_name_is_completed_to_a_denied_one() {
+    let options = ["--deny-target", "*.corp.internal"];
+    let Ok(socket) = UdpSocket::bind("127.53.53.54:53") else {
+        skip("port 53 on loopback");
         return;
     };
-    for host in ["secret", "secret.svc", "secret.svc.cluster.local"] {
-        forbidden(&daemon, host, 80);
+    let text = "nameserver 127.53.53.54\nsearch corp.internal\noptions ndots:5\n";
+    let Some(daemon) = Daemon::start_with_file("/etc/resolv.conf", text, &options) else {
+        return;
+    };
+    let asked = name_server(socket);
+    let target = Target::echo();
+    for host in ["secret", "SECRET"] {
+        let message = forbidden(&daemon, host, target.port);
+        assert!(message.contains("a dot at its end"), "{message}");
+    }
+    forbidden(&daemon, "db.corp.internal", target.port);
+    assert!(
+        asked.lock().unwrap().is_empty(),
+        "a refused name is looked up"
+    );
+    for host in ["secret.svc", "secret.", "a.example"] {
+        permitted(&daemon, host, &target);
+    }
+    let asked = asked.lock().unwrap();
+    assert!(!asked.is_empty());
+    for name in &*asked {
+        assert!(
+            ["secret.svc", "secret", "a.example"].contains(&name.as_str()),
+            "{asked:?}"
+        );
+    }
+}
+
+#[test]
+fn names_of_the_hosts_file_are_found_while_others_are_denied() {
+    let options = ["--deny-target", "*.corp.internal"];
+    let Some(daemon) = Daemon::start_with_file("/etc/hosts", HOSTS, &options) else {
+        return;
+    };
+    let target = Target::echo();
+    for host in ["open.test", "A.sub.test", "open.test."] {
+        permitted(&daemon, host, &target);
     }
 }

@@ -1,6 +1,7 @@
 //! The token file is followed: a roll-over under load, and files that are no good.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -146,12 +147,39 @@ fn a_directory_or_a_pipe_in_its_place_keeps_the_last_good_token() {
         fs::remove_file(path).unwrap();
         fs::create_dir(path).unwrap();
     };
-    keeps_the_last_good(directory, "no regular file");
+    keeps_the_last_good(directory, "no longer a regular file");
     let pipe = |path: &Path| {
         fs::remove_file(path).unwrap();
         assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
     };
-    keeps_the_last_good(pipe, "no regular file");
+    keeps_the_last_good(pipe, "no longer a regular file");
+}
+
+#[test]
+fn a_file_that_others_can_read_or_change_is_warned_of() {
+    let mode = |mode: u32| <fs::Permissions as PermissionsExt>::from_mode(mode);
+    let file = File::with("good");
+    for (bits, warned) in [
+        (0o600, [false, false]),
+        (0o440, [false, false]),
+        (0o604, [true, false]),
+        (0o620, [false, true]),
+        (0o602, [false, true]),
+        (0o666, [true, true]),
+    ] {
+        fs::set_permissions(&file.path, mode(bits)).unwrap();
+        let log = Daemon::spawn(file.command()).log();
+        let warnings = ["chmod o-r", "chmod go-w"].map(|cure| {
+            log.lines()
+                .any(|line| line.contains("WARN") && line.contains(cure))
+        });
+        assert_eq!(warnings, warned, "{bits:o}: {log}");
+    }
+    fs::set_permissions(&file.path, mode(0o600)).unwrap();
+    let daemon = Daemon::spawn(file.command());
+    fs::set_permissions(&file.path, mode(0o620)).unwrap();
+    assert_eq!(status(&daemon, "good"), 200);
+    daemon.logged(1, &["WARN", "chmod go-w"]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use crate::connect::Connect;
 use crate::support::*;
 
 #[test]
@@ -17,6 +18,46 @@ fn a_signal_ends_an_idle_daemon_with_exit_code_0() {
         let mut daemon = Daemon::start(&[]);
         daemon.signal(signal);
         assert_eq!(daemon.exit().code(), Some(0), "{signal:?}");
+    }
+}
+
+/// The signals, each with another one.
+const PAIRS: [(Signal, Signal); 3] = [
+    (Signal::HUP, Signal::TERM),
+    (Signal::INT, Signal::HUP),
+    (Signal::TERM, Signal::INT),
+];
+
+#[test]
+fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
+    for (ignored, other) in PAIRS {
+        let mut daemon = Daemon::spawn(with_ignored(ignored, &Daemon::command(&[])));
+        daemon.signal(ignored);
+        assert_eq!(daemon.get("/health", &[]).status, 204, "{ignored:?}");
+        assert!(ignores(daemon.pid(), ignored) && daemon.is_running());
+        daemon.signal(other);
+        assert_eq!(daemon.exit().code(), Some(0), "{other:?}");
+    }
+}
+
+#[test]
+fn a_local_port_ends_at_any_signal_that_was_not_ignored_at_the_start() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::echo();
+    let options = ["--port", &target.port.to_string(), "--listen", "[::1]:0"];
+    let command = Connect::command(&format!("ws://{}", daemon.address), &options);
+    for (ignored, other) in PAIRS {
+        let mut client = Connect::spawn(with_ignored(ignored, &command));
+        client.address();
+        client.signal(ignored);
+        let mut stream = client.dial();
+        stream.write_all(b"still here").unwrap();
+        stream.read_exact(&mut [0; 10]).unwrap();
+        assert!(ignores(client.pid(), ignored), "{ignored:?}");
+        client.signal(other);
+        let (code, log) = client.ended();
+        assert_eq!(code, 0, "{other:?}: {log}");
+        assert!(log.ends_with("shut down\n"), "{log}");
     }
 }
 

@@ -2,15 +2,20 @@
 //! that does exactly what it is told, right or wrong.
 
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, ErrorKind, PipeReader, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use socket2::{Domain, Socket, Type};
 
 /// The limit of every wait in the tests. Generous: it is only reached when something is wrong.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -26,6 +31,20 @@ pub fn within<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> Opt
         }
         assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Says that the running test can't be run here and for want of what; it is to return then. To cargo it passes, so that
+/// `scripts/test.sh` names a file in which the skipped ones are counted.
+pub fn skip(needs: &str) {
+    let line = format!(
+        "{}: needs {needs}\n",
+        thread::current().name().unwrap_or("a test")
+    );
+    print!("skipped {line}");
+    if let Some(path) = std::env::var_os("TUNNELD_TEST_SKIPS") {
+        let mut file = OpenOptions::new().append(true).open(path).unwrap();
+        file.write_all(line.as_bytes()).unwrap();
     }
 }
 
@@ -50,7 +69,7 @@ impl Daemon {
     }
 
     /// An open daemon in a mount namespace of its own, which sees `text` as the file at `path`. `None` where that
-    /// can't be made.
+    /// can't be made, and the test is skipped.
     pub fn start_with_file(path: &str, text: &str, options: &[&str]) -> Option<Daemon> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, text).unwrap();
@@ -59,6 +78,7 @@ impl Daemon {
             .args(["--mount", "sh", "-c", &mount])
             .output();
         if !can.is_ok_and(|output| output.status.success()) {
+            skip("root and mount namespaces");
             return None;
         }
         let inner = Daemon::command(options);
@@ -69,7 +89,17 @@ impl Daemon {
         Some(Daemon::spawn(command))
     }
 
+    /// On a free port, unless `options` say where to listen.
     pub fn command(options: &[&str]) -> Command {
+        let mut command = Daemon::bare_command(options);
+        if !options.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        command
+    }
+
+    /// Where the daemon listens by itself, or is told to later.
+    pub fn bare_command(options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tunneld"));
         let inherited =
             std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TUNNELD_"));
@@ -78,13 +108,25 @@ impl Daemon {
         }
         command.env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET");
         command.args(options);
-        if !options.contains(&"--listen") {
-            command.args(["--listen", "127.0.0.1:0"]);
-        }
         command
     }
 
-    pub fn spawn(mut command: Command) -> Daemon {
+    pub fn spawn(command: Command) -> Daemon {
+        Daemon::spawn_until(command, |log| {
+            let addresses = log.lines().filter_map(|line| {
+                let (_, address) = line.split_once("listening on ")?;
+                // In JSON it is quoted.
+                address.split('"').next()?.parse().ok()
+            });
+            addresses.reduce(|_, address| address)
+        })
+    }
+
+    /// Waits until `address` finds in the log where it listens.
+    pub fn spawn_until(
+        mut command: Command,
+        address: impl Fn(&str) -> Option<SocketAddr>,
+    ) -> Daemon {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, copy) = (child.stderr.take().unwrap(), Arc::clone(&log));
@@ -102,13 +144,41 @@ impl Daemon {
             if let Some(status) = daemon.child.try_wait().unwrap() {
                 panic!("the daemon ended with {status}");
             }
-            let log = daemon.log();
-            let addresses = log
-                .lines()
-                .filter_map(|line| line.split_once("listening on ")?.1.parse().ok());
-            addresses.reduce(|_, address| address)
+            address(&daemon.log())
         });
         daemon
+    }
+
+    /// A daemon that listens on the Unix socket at `path` and nowhere else.
+    pub fn spawn_on_unix(mut command: Command, path: &Path) -> Daemon {
+        let listen = format!("unix:{}", path.display());
+        command.args(["--listen", &listen]);
+        Daemon::spawn_until(command, |log| {
+            let is_there = log.contains(&format!("listening on {listen}"));
+            is_there.then_some(SocketAddr::from(([0, 0, 0, 0], 0)))
+        })
+    }
+
+    /// A daemon whose stderr, a pipe with room for a page, is read up to its address and left to the caller.
+    pub fn spawn_unread(mut command: Command) -> (Daemon, BufReader<PipeReader>) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+        let child = command.stderr(writer).spawn().unwrap();
+        // It holds the other end.
+        drop(command);
+        let mut daemon = Daemon {
+            child,
+            address: SocketAddr::from(([0, 0, 0, 0], 0)),
+            log: Arc::default(),
+        };
+        let mut reader = BufReader::new(reader);
+        let addresses = reader
+            .by_ref()
+            .lines()
+            .map_while(Result::ok)
+            .filter_map(listening_on);
+        daemon.address = { addresses }.next().unwrap();
+        (daemon, reader)
     }
 
     pub fn log(&self) -> String {
@@ -218,6 +288,46 @@ impl Drop for Daemon {
     }
 }
 
+/// The address in a line of the log, or the first of two.
+pub fn listening_on(line: impl AsRef<str>) -> Option<SocketAddr> {
+    let (_, addresses) = line.as_ref().split_once("listening on ")?;
+    let end = addresses.find([',', ' ']).unwrap_or(addresses.len());
+    addresses[..end].parse().ok()
+}
+
+/// `command`, started with `signal` ignored, as by nohup(1).
+pub fn with_ignored(signal: Signal, command: &Command) -> Command {
+    let script = format!("trap '' {}; exec \"$0\" \"$@\"", signal.as_raw());
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script]);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell
+}
+
+/// Whether a process ignores `signal`.
+pub fn ignores(process: Pid, signal: Signal) -> bool {
+    is_in_mask(process, "SigIgn:", signal)
+}
+
+/// Whether a process has a handler for `signal`.
+pub fn catches(process: Pid, signal: Signal) -> bool {
+    is_in_mask(process, "SigCgt:", signal)
+}
+
+fn is_in_mask(process: Pid, mask: &str, signal: Signal) -> bool {
+    let path = format!("/proc/{}/status", process.as_raw_nonzero());
+    let status = std::fs::read_to_string(path).unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix(mask));
+    let mask = u64::from_str_radix(mask.unwrap().trim(), 16).unwrap();
+    mask >> (signal.as_raw() - 1) & 1 == 1
+}
+
 /// Runs a daemon that is expected not to start: its exit code and what it printed to stderr.
 pub fn fails_to_start(mut command: Command) -> (i32, String) {
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -244,12 +354,31 @@ pub const UPGRADE: [&str; 4] = [
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 ];
 
+/// The headers of an upgrade to CONNECT-TCP.
+pub const UPGRADE_TO_CONNECT_TCP: [&str; 3] = [
+    "Connection: Upgrade",
+    "Upgrade: connect-tcp-12",
+    "Capsule-Protocol: ?1",
+];
+
 pub fn request(method: &str, target: &str, headers: &[&str]) -> String {
     let mut head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
     for header in headers {
         write!(head, "{header}\r\n").unwrap();
     }
     head + "\r\n"
+}
+
+/// Reads a head, its blank line included, and nothing behind it.
+pub fn head_of(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        let count = stream.read(&mut byte).unwrap();
+        assert_eq!(count, 1, "{}", String::from_utf8_lossy(&head));
+        head.push(byte[0]);
+    }
+    String::from_utf8(head).unwrap()
 }
 
 /// An HTTP answer.
@@ -269,10 +398,13 @@ impl Answer {
         let (head, body) = text
             .split_once("\r\n\r\n")
             .unwrap_or_else(|| panic!("no answer: {text:?}"));
-        Answer {
+        let answer = Answer {
             body: body.to_owned(),
             ..Answer::parse(head)
-        }
+        };
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+        assert_eq!(answer.header("cache-control"), Some("no-store"));
+        answer
     }
 
     fn parse(head: &str) -> Answer {
@@ -302,7 +434,6 @@ impl Answer {
             self.header("content-type"),
             Some("application/json; charset=utf-8")
         );
-        assert_eq!(self.header("x-content-type-options"), Some("nosniff"));
         assert_eq!(
             self.header("content-length"),
             Some(self.body.len().to_string().as_str())
@@ -313,6 +444,14 @@ impl Answer {
         assert_eq!(body.as_object().unwrap().len(), 2);
         body["message"].as_str().unwrap().to_owned()
     }
+}
+
+/// A connection to a Unix socket, as the one to TCP that the rest of the words know.
+pub fn connect_unix(path: &Path) -> TcpStream {
+    let stream = TcpStream::from(OwnedFd::from(UnixStream::connect(path).unwrap()));
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    stream
 }
 
 /// A frame or an end, as the client saw it.
@@ -351,19 +490,15 @@ impl Client {
         Client::expect_101(stream)
     }
 
-    pub fn expect_101(mut stream: TcpStream) -> Client {
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n\r\n") {
-            let mut byte = [0];
-            assert_eq!(
-                stream.read(&mut byte).unwrap(),
-                1,
-                "{}",
-                String::from_utf8_lossy(&answer)
-            );
-            answer.push(byte[0]);
-        }
-        let text = String::from_utf8(answer).unwrap();
+    pub fn expect_101(stream: TcpStream) -> Client {
+        let (client, subprotocol) = Client::expect_101_of(stream);
+        assert_eq!(subprotocol, None);
+        client
+    }
+
+    /// The same with the subprotocol that was chosen.
+    pub fn expect_101_of(mut stream: TcpStream) -> (Client, Option<String>) {
+        let text = head_of(&mut stream);
         let answer = Answer::parse(text.trim_end());
         assert_eq!(answer.status, 101, "{text}");
         assert_eq!(answer.header("upgrade"), Some("websocket"));
@@ -378,11 +513,9 @@ impl Client {
             answer.header("sec-websocket-accept"),
             Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
         );
-        assert_eq!(answer.header("sec-websocket-protocol"), None);
-        Client {
-            stream,
-            buffer: Vec::new(),
-        }
+        let subprotocol = answer.header("sec-websocket-protocol").map(str::to_owned);
+        let buffer = Vec::new();
+        (Client { stream, buffer }, subprotocol)
     }
 
     /// Another handle, to send or receive on another thread. What was received but not seen stays here.
@@ -571,7 +704,11 @@ impl Target {
 
     /// A target that sends every connection's bytes back, and its end behind them.
     pub fn echo() -> Target {
-        let target = Target::listen();
+        Target::echo_on("127.0.0.1:0")
+    }
+
+    pub fn echo_on(address: &str) -> Target {
+        let target = Target::listen_on(address);
         let listener = target.listener.try_clone().unwrap();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
@@ -585,13 +722,28 @@ impl Target {
     }
 }
 
-/// A port on which nothing listens.
-pub fn closed_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+/// A port on which nothing listens, on either loopback address, and nobody else will while this is held.
+pub struct ClosedPort {
+    pub port: u16,
+    _held: [Option<Socket>; 2],
+}
+
+pub fn closed_port() -> ClosedPort {
+    let bound = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).ok()?;
+        socket.bind(&address.into()).ok()?;
+        Some(socket)
+    };
+    within(LIMIT, "a port is free", || {
+        let v4 = bound(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let port = v4.local_addr().ok()?.as_socket()?.port();
+        let v6 = bound(SocketAddr::from((Ipv6Addr::LOCALHOST, port)));
+        let has_v6 = || bound(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))).is_some();
+        (v6.is_some() || !has_v6()).then_some(ClosedPort {
+            port,
+            _held: [Some(v4), v6],
+        })
+    })
 }
 
 /// Reads a target's connection to its end: the bytes, and whether the end was orderly.

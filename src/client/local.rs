@@ -1,0 +1,51 @@
+//! What a tunnel is for on this side, before there is one: it is let in once the server has agreed, or turned away.
+
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+
+use super::failure::Failure;
+use super::socks;
+use crate::os;
+use crate::tunnel::{Stdio, Stream, Tcp};
+
+/// What waits for a tunnel.
+#[derive(Debug)]
+pub enum Local {
+    /// Stdin and stdout.
+    Stdio(Arc<Stdio>),
+    /// A local connection, which is reset by whatever drops it.
+    Tcp(TcpStream),
+    /// One that wants to be told.
+    Socks(socks::Asked),
+}
+
+impl Local {
+    /// The stream of its tunnel, which there is now.
+    ///
+    /// # Errors
+    /// When the local client is gone, or the system has no descriptor left.
+    pub fn let_in(self) -> io::Result<Stream> {
+        match self {
+            Local::Stdio(stdio) => Ok(Stream::Stdio(stdio)),
+            Local::Tcp(client) => Tcp::new(client).map(Stream::Tcp),
+            Local::Socks(asked) => Tcp::new(asked.grant()?).map(Stream::Tcp),
+        }
+    }
+
+    /// Whether nobody waits for the tunnel any more.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Local::Stdio(stdio) => stdio.is_hung_up(),
+            Local::Tcp(client) => os::is_hung_up(client),
+            Local::Socks(asked) => os::is_hung_up(asked.client()),
+        }
+    }
+
+    /// There is none, and why.
+    pub fn turn_away(self, why: &Failure) {
+        if let Local::Socks(asked) = self {
+            asked.refuse(why);
+        }
+    }
+}

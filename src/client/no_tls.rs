@@ -1,0 +1,38 @@
+//! In place of `tls.rs` in a build without the feature `tls`: wss is refused before anything is dialed.
+
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::Instant;
+
+use super::failure::{Alert, Failure};
+use super::redactor::Redactor;
+use super::server::{OwnCertificate, Server};
+
+/// There is none.
+#[derive(Debug, Clone)]
+pub enum Trust {}
+
+impl Trust {
+    /// Refuses.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn load(_ca_file: Option<&Path>, _own: Option<&OwnCertificate>) -> Result<Trust, String> {
+        Err("wss:// needs TLS, which this build leaves out: use ws://, or build with --features tls".into())
+    }
+
+    /// Is never called, as there is no value to call it on.
+    ///
+    /// # Errors
+    /// None.
+    pub fn encrypt(
+        &self,
+        _tcp: TcpStream,
+        _server: &Server,
+        _redactor: &Redactor,
+        _alert: &Alert,
+        _deadline: Instant,
+    ) -> Result<TcpStream, Failure> {
+        match *self {}
+    }
+}
