@@ -232,12 +232,26 @@ fn parsing_a_head_takes_no_descriptor() {
     let daemon = Daemon::start(&[]);
     let target = Target::echo();
     let mut bystander = Bystander::of(&daemon, &target);
-    daemon.get("/health", &[]);
+    bystander.works();
+    let without_a_connection = daemon.open_descriptors();
+    let is_idle = || {
+        within(LIMIT, "the connection's descriptor is free", || {
+            (daemon.open_descriptors() == without_a_connection).then_some(())
+        })
+    };
+    let connection = daemon.connect();
+    let of_the_connection = within(LIMIT, "the connection has a descriptor", || {
+        let open = daemon.open_descriptors();
+        open.difference(&without_a_connection).next().copied()
+    });
+    drop(connection);
     for version in ["HTTP/1.0", "HTTP/1.1", "HTTP/1.0"] {
         let health = request("GET", "/health", &[]).replace("HTTP/1.1", version);
+        is_idle();
         assert_eq!(daemon.ask(&health).status, 204);
-        // Room for the client's connection and for nothing else.
-        let room = daemon.descriptors() + 1;
+        is_idle();
+        // All lower ones are taken, so that there is room for the client's connection and for nothing else.
+        let room = of_the_connection + 1;
         set_limit(&daemon, &format!("--nofile={room}:"));
         assert_eq!(daemon.ask(&health).status, 204, "{version}");
         bystander.works();

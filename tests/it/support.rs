@@ -1,6 +1,7 @@
 //! The words the tests are written in: a real daemon on a free port, real targets, and a WebSocket client
 //! that does exactly what it is told, right or wrong.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, ErrorKind, PipeReader, Read, Write};
@@ -240,9 +241,16 @@ impl Daemon {
 
     /// The number of open descriptors.
     pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
-            .unwrap()
-            .count()
+        self.open_descriptors().len()
+    }
+
+    /// The open descriptors. One that is held for a waiting accept(2) is not among them.
+    pub fn open_descriptors(&self) -> BTreeSet<u32> {
+        let directory = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let names = directory.map(|entry| entry.unwrap().file_name());
+        names
+            .map(|name| name.to_str().unwrap().parse().unwrap())
+            .collect()
     }
 }
 
