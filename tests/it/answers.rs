@@ -803,7 +803,7 @@ fn a_client_that_has_sent_everything_and_half_closes_during_its_dial_gets_its_tu
     assert_eq!(target.join().unwrap(), (b"all of it".to_vec(), true));
 }
 
-/// Binds the port of name servers on a loopback address for the one test that uses it. `None` without root.
+/// Binds the port of name servers on a loopback address, of which each test has its own. `None` without root.
 fn name_server(address: &str) -> Option<UdpSocket> {
     let server = UdpSocket::bind((address, 53));
     if server.is_err() {

@@ -220,11 +220,11 @@ fn name_server(socket: UdpSocket) -> Arc<Mutex<Vec<String>>> {
 #[test]
 fn no_name_is_completed_to_a_denied_one() {
     let options = ["--deny-target", "*.corp.internal"];
-    let Ok(socket) = UdpSocket::bind("127.53.53.54:53") else {
+    let Ok(socket) = UdpSocket::bind("127.53.53.55:53") else {
         skip("port 53 on loopback");
         return;
     };
-    let text = "nameserver 127.53.53.54\nsearch corp.internal\noptions ndots:5\n";
+    let text = "nameserver 127.53.53.55\nsearch corp.internal\noptions ndots:5\n";
     let Some(daemon) = Daemon::start_with_file("/etc/resolv.conf", text, &options) else {
         return;
     };
