@@ -27,7 +27,8 @@ const THREADS_ELSE: u64 = 11;
 /// The pools whose idle threads stay for a while: connections, and the three of tunnels.
 const POOLS: u64 = 4;
 
-/// The most connections on their way out, without a slot: those evicted, and those being closed.
+/// The most connections on their way out, without a slot: those evicted, as many that are being closed, and half as many
+/// ended tunnels whose last bytes are on their way.
 const MAX_LEAVING: u64 = 128;
 
 /// How many connections there may be, and how many more on their way out.
@@ -77,7 +78,7 @@ impl Limits {
 }
 
 fn enough_descriptors_for(descriptors: u64, leaving: u64) -> usize {
-    saturated(descriptors.saturating_sub(DESCRIPTORS_ELSE + 2 * leaving) / DESCRIPTORS_EACH)
+    saturated(descriptors.saturating_sub(DESCRIPTORS_ELSE + leaving * 5 / 2) / DESCRIPTORS_EACH)
 }
 
 /// At least one: a limit of threads is shared with other processes, so nobody can know that none is left.

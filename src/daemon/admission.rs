@@ -16,6 +16,8 @@ use crate::tunnel::State;
 pub struct Connections {
     limit: usize,
     leaving: usize,
+    /// How many ended tunnels may have bytes on their way without a slot. Each one more holds its slot.
+    delivering: usize,
     table: Mutex<Table>,
     freed: Condvar,
 }
@@ -27,7 +29,9 @@ struct Table {
     next_id: u64,
     /// Threads of connections, those that were evicted included.
     threads: usize,
-    /// Since when there has been none of them.
+    /// Ended tunnels whose last bytes are on their way.
+    delivering: usize,
+    /// Since when there has been neither.
     idle_since: Option<Instant>,
     /// The grace is over: a tunnel that opens now is to end at once.
     over: bool,
@@ -74,6 +78,7 @@ impl Connections {
         Arc::new(Connections {
             limit,
             leaving,
+            delivering: leaving / 2,
             table: Mutex::new(Table {
                 idle_since: Some(Instant::now()),
                 ..Table::default()
@@ -89,7 +94,7 @@ impl Connections {
         if table.threads >= self.limit + self.leaving {
             return None;
         }
-        if table.open.len() >= self.limit {
+        if table.open.len() + table.delivering.saturating_sub(self.delivering) >= self.limit {
             table.evict_oldest_head(u64::MAX)?;
         }
         let id = table.next_id;
@@ -130,10 +135,10 @@ impl Connections {
         }
     }
 
-    /// Waits until no connection is left. `false` if `deadline` came first.
+    /// Waits until no connection is left, and nothing on its way. `false` if `deadline` came first.
     pub fn wait_until_none(&self, deadline: Instant) -> bool {
         let mut table = self.table();
-        while table.threads > 0 {
+        while !table.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -177,9 +182,22 @@ impl Connections {
     fn table(&self) -> MutexGuard<'_, Table> {
         lock(&self.table)
     }
+
+    /// Takes note of something that is over.
+    fn freed(&self, mut table: MutexGuard<'_, Table>) {
+        if table.is_empty() {
+            table.idle_since = Some(Instant::now());
+        }
+        drop(table);
+        self.freed.notify_all();
+    }
 }
 
 impl Table {
+    fn is_empty(&self) -> bool {
+        self.threads == 0 && self.delivering == 0
+    }
+
     fn close(&mut self, id: u64) {
         if let Some(Phase::Tunnel(state)) = self.open.remove(&id) {
             let (up, down) = state.activity.counts();
@@ -219,6 +237,13 @@ impl Permit {
         self.connections.table().close(self.id);
     }
 
+    /// The connection's last bytes are on their way: it has no slot any more, and is waited for all the same.
+    pub fn deliver(&self) -> Delivery {
+        self.leave();
+        self.connections.table().delivering += 1;
+        Delivery(self.connections())
+    }
+
     /// All connections, this one among them.
     pub fn connections(&self) -> Arc<Connections> {
         Arc::clone(&self.connections)
@@ -244,10 +269,18 @@ impl Drop for Permit {
         let mut table = self.connections.table();
         table.close(self.id);
         table.threads -= 1;
-        if table.threads == 0 {
-            table.idle_since = Some(Instant::now());
-        }
-        drop(table);
-        self.connections.freed.notify_all();
+        self.connections.freed(table);
+    }
+}
+
+/// The last bytes of a tunnel, until they have arrived or are given up.
+#[derive(Debug)]
+pub struct Delivery(Arc<Connections>);
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        let mut table = self.0.table();
+        table.delivering -= 1;
+        self.0.freed(table);
     }
 }

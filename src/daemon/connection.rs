@@ -16,7 +16,7 @@ use super::http::backend::{Backend, Rejected};
 use super::http::forwarded;
 use super::http::handshake::Handshake;
 use super::http::routes::{Routed, Rules, Upgrade, route};
-use super::lingering_close::{AFTER_REFUSAL, DrainLimits, LingeringClose};
+use super::lingering_close::LingeringClose;
 use super::metrics::{CONTENT_TYPE, Metrics};
 use super::options::Config;
 use super::peer::Peer;
@@ -95,7 +95,7 @@ fn refuse(context: &Context, client: Arc<TcpStream>, id: u64, peer: Peer, refuse
     let _ = client.set_write_timeout(Some(ANSWER_TIMEOUT));
     let bytes = refused.answer.to_bytes(&refused.version, refused.to_head);
     if (&*client).write_all(&bytes).is_ok() {
-        context.closer.close(client, AFTER_REFUSAL);
+        context.closer.close(client);
     }
 }
 
@@ -233,10 +233,11 @@ fn start_tunnel(
             context
                 .metrics
                 .note_closed(outcome.end, state.activity.age());
-            permit.leave();
+            let delivery = permit.deliver();
             name.log_closed(outcome, &state);
             if outcome.peer_is_there {
-                context.closer.close(client, behind_tunnel(&context));
+                let linger = context.config.times.linger;
+                context.closer.close_tunnel(client, linger, delivery);
             }
         }
     };
@@ -275,14 +276,6 @@ impl TunnelName {
             end:% = outcome.end.label(), reason = outcome.reason.as_str();
             "tunnel closed"
         );
-    }
-}
-
-/// With a client that may not have read all of its tunnel yet.
-fn behind_tunnel(context: &Context) -> DrainLimits {
-    DrainLimits {
-        time: context.config.times.linger,
-        bytes: usize::MAX,
     }
 }
 

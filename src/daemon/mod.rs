@@ -32,7 +32,7 @@ use connection::Context;
 use http::answer::{Answer, ProxyError};
 use http::backend::Backend;
 use http::routes::Rules;
-use lingering_close::{AFTER_REFUSAL, LingeringClose};
+use lingering_close::LingeringClose;
 use listener::Listener;
 use metrics::Metrics;
 use notify::notify;
@@ -178,7 +178,7 @@ impl Gate {
         self.context.note_answer(None, peer, answer);
         let bytes = answer.to_bytes(&HTTPVersion(1, 1), false);
         if send(&*client, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok() {
-            self.context.closer.close_later(client, AFTER_REFUSAL);
+            self.context.closer.close_later(client);
         }
     }
 

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use socket2::{Domain, Socket, Type};
 
 use crate::support::*;
 
@@ -904,6 +905,98 @@ fn a_slow_reader_keeps_the_linger_going() {
     }
     assert!(bytes == data);
     assert_eq!(client.see(), CLOSE_1000);
+}
+
+// A tunnel's last bytes, which are on their way when it has ended
+
+/// A tunnel that is over for the daemon, and whose client has yet to read what the sockets hold. It answers pings.
+struct Tail {
+    client: Client,
+    data: Vec<u8>,
+}
+
+impl Tail {
+    fn of(daemon: &Daemon) -> Tail {
+        let target = Target::listen();
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        // Some 70 KB lie before it then, and each read makes room for more segments.
+        socket.set_recv_buffer_size(4096).unwrap();
+        socket.set_tcp_mss(512).unwrap();
+        socket.connect(&daemon.address.into()).unwrap();
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let head = request("GET", &format!("/tunnel?port={}", target.port), &UPGRADE);
+        let mut client = Client::upgrade(stream, head.as_bytes());
+        client.send_close(1000);
+        let mut server = target.accept();
+        let data = Random::new(21).bytes(1_000_000);
+        let sent = data.clone();
+        thread::spawn(move || server.write_all(&sent).unwrap());
+        within(LIMIT, "the tunnel is over", || {
+            client.receive_some();
+            daemon.log().contains("tunnel closed:").then_some(())
+        });
+        daemon.logged(1, &["tunnel closed:", "down=1000000", "end=orderly"]);
+        Tail { client, data }
+    }
+
+    /// Reads a little and answers a ping, so many times, and then the rest.
+    fn arrives(mut self, times: u32, pause: Duration) {
+        for _ in 0..times {
+            self.client.send_frame(0x8a, b"");
+            thread::sleep(pause);
+            self.client.receive_some();
+        }
+        assert!(self.client.see_all_of(self.data.len()) == self.data);
+        assert_eq!(self.client.see(), CLOSE_1000);
+    }
+}
+
+#[test]
+fn refused_connections_cost_a_tunnel_none_of_its_last_bytes() {
+    let daemon = Daemon::start(&[]);
+    let tail = Tail::of(&daemon);
+    let refused: Vec<_> = (0..300).map(|_| daemon.connect()).collect();
+    for mut stream in &refused {
+        stream
+            .write_all(request("GET", "/none", &[]).as_bytes())
+            .unwrap();
+    }
+    daemon.logged(10, &["refused:", "status=404"]);
+    tail.arrives(4, Duration::from_millis(50));
+}
+
+#[test]
+fn a_slow_reader_of_a_tunnels_last_bytes_has_more_than_the_linger() {
+    let daemon = Daemon::start(&["--linger", "2s"]);
+    Tail::of(&daemon).arrives(14, Duration::from_millis(200));
+}
+
+#[test]
+fn a_client_that_takes_none_of_a_tunnels_last_bytes_has_the_linger() {
+    let daemon = Daemon::start(&["--linger", "1s"]);
+    let before = daemon.descriptors();
+    let _tail = Tail::of(&daemon);
+    within(LIMIT, "descriptors are back", || {
+        (daemon.descriptors() <= before).then_some(())
+    });
+}
+
+#[test]
+fn a_daemon_that_is_to_end_waits_for_its_tunnels_last_bytes() {
+    let mut daemon = Daemon::start(&["--shutdown-grace", "30s"]);
+    let tail = Tail::of(&daemon);
+    daemon.signal(Signal::TERM);
+    daemon.logged(1, &["shutting down"]);
+    thread::sleep(Duration::from_millis(300));
+    tail.arrives(4, Duration::from_millis(50));
+    assert_eq!(daemon.exit().code(), Some(0));
+
+    let mut daemon = Daemon::start(&["--exit-when-idle", "200ms"]);
+    let tail = Tail::of(&daemon);
+    thread::sleep(Duration::from_millis(500));
+    tail.arrives(4, Duration::from_millis(50));
+    assert_eq!(daemon.exit().code(), Some(0));
 }
 
 // No direction waits for the other

@@ -626,6 +626,13 @@ impl Client {
         assert_eq!(self.see(), Seen::Eof);
     }
 
+    /// Receives what has come, at most 4 KiB, to be seen later.
+    pub fn receive_some(&mut self) {
+        let mut more = [0; 4096];
+        let count = self.stream.read(&mut more).unwrap();
+        self.buffer.extend_from_slice(&more[..count]);
+    }
+
     fn take(&mut self, count: usize) -> Result<Vec<u8>, Seen> {
         while self.buffer.len() < count {
             let mut more = [0; 64 * 1024];
