@@ -16,6 +16,9 @@ use super::stream::Stream;
 use super::transfer::WriteFailure;
 use super::{Times, Tunnel};
 use crate::os;
+use idle::{Idle, IdleClock};
+
+mod idle;
 
 /// How long a peer may take for a Close that ends a tunnel from our side. At 20 KiB/s, what may lie before ours
 /// takes it as long. With the default grace this is less than the 10 s that container engines wait.
@@ -139,6 +142,8 @@ pub(super) struct Seen {
     pub(super) changed_at: Duration,
     /// What the peer has not acknowledged of what was sent to it.
     pub(super) unacknowledged: Unacknowledged,
+    /// What neither side has acknowledged.
+    pub(super) on_their_way: Unacknowledged,
 }
 
 /// It takes long to find out, so it is only asked when a step wants to know.
@@ -149,6 +154,12 @@ pub(super) enum Unacknowledged {
     /// The system can't tell.
     Unknown,
     Bytes(u64),
+}
+
+impl Unacknowledged {
+    fn found(count: Option<u64>) -> Unacknowledged {
+        count.map_or(Unacknowledged::Unknown, Unacknowledged::Bytes)
+    }
 }
 
 impl Seen {
@@ -164,8 +175,10 @@ pub(super) enum Step {
     Wait(Duration),
     /// A ping, and then to ask again.
     Ping,
-    /// To find out what is unacknowledged, and then to ask again.
+    /// To find out what the peer has not acknowledged, and then to ask again.
     Look,
+    /// The same of both sides.
+    LookAtBoth,
     /// To end the tunnel.
     Cut(Cut),
     /// To leave it: a thread waits where it can't be woken, in a write to stdout.
@@ -182,9 +195,7 @@ pub(super) struct Clocks {
     /// How much time since the peer's last sign of life doesn't count, as we stood still.
     forgiven: Duration,
     last_life: Duration,
-    /// The same for the time since the last payload byte.
-    idle_forgiven: Duration,
-    last_payload: Duration,
+    idle: Option<IdleClock>,
     phase: Phase,
     /// When the phase began.
     since: Duration,
@@ -209,12 +220,11 @@ impl Clocks {
         Clocks {
             endpoint,
             next_ping: times.ping_interval,
+            idle: times.idle_timeout.map(IdleClock::new),
             times,
             unanswered: None,
             forgiven: Duration::ZERO,
             last_life: Duration::ZERO,
-            idle_forgiven: Duration::ZERO,
-            last_payload: Duration::ZERO,
             phase: Phase::Open,
             since: Duration::ZERO,
             look_again: LOOK_AGAIN.0,
@@ -228,7 +238,9 @@ impl Clocks {
         self.next_ping += by;
         self.since += by;
         self.forgiven += by;
-        self.idle_forgiven += by;
+        if let Some(idle) = &mut self.idle {
+            idle.forgive(by);
+        }
         if let Some(ping) = &mut self.unanswered {
             ping.forgiven += by;
         }
@@ -250,27 +262,22 @@ impl Clocks {
             self.last_life = life;
             self.forgiven = Duration::ZERO;
         }
-        if seen.last_payload > self.last_payload {
-            self.last_payload = seen.last_payload;
-            self.idle_forgiven = Duration::ZERO;
+        let idle = self.idle(now, seen, phase);
+        if idle == Some(Idle::Look) {
+            return Step::LookAtBoth;
         }
-        let step = self.step_in(now, seen, phase);
-        match (self.idle_deadline(phase), step) {
-            (Some(deadline), Step::Wait(until)) if now < deadline => {
-                Step::Wait(until.min(deadline))
-            }
-            (Some(deadline), Step::Wait(_) | Step::Ping | Step::Look) if now >= deadline => {
-                Step::Cut(Cut::Idle)
-            }
+        match (idle, self.step_in(now, seen, phase)) {
+            (Some(Idle::Wait(deadline)), Step::Wait(until)) => Step::Wait(until.min(deadline)),
+            (Some(Idle::Over), Step::Wait(_) | Step::Ping | Step::Look) => Step::Cut(Cut::Idle),
             (_, step) => step,
         }
     }
 
-    /// When a tunnel in this phase is idle for too long, if nothing moves until then.
-    fn idle_deadline(&self, phase: &Phase) -> Option<Duration> {
-        let may_go_on = matches!(phase, Phase::Open | Phase::PeerClosed | Phase::StreamEnded);
-        let limit = self.times.idle_timeout.filter(|_| may_go_on)?;
-        Some(self.last_payload + self.idle_forgiven + limit)
+    /// Whether a tunnel that could last is idle.
+    fn idle(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Option<Idle> {
+        let may_last = matches!(phase, Phase::Open | Phase::PeerClosed | Phase::StreamEnded);
+        let clock = self.idle.as_mut().filter(|_| may_last)?;
+        Some(clock.step(now, seen.last_payload, seen.on_their_way))
     }
 
     fn step_in(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Step {
@@ -450,7 +457,7 @@ pub(super) fn watch(tunnel: &Tunnel) {
 
 /// Does what is due. Returns until when to wait; `None` when the tunnel is over.
 fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
-    let mut unacknowledged = Unacknowledged::NotAsked;
+    let (mut unacknowledged, mut on_their_way) = Default::default();
     loop {
         let (phase, changed_at) = {
             let mut ends = tunnel.ends();
@@ -475,7 +482,12 @@ fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
             (phase, ends.changed_at)
         };
         let now = tunnel.activity().age();
-        let seen = seen(tunnel, changed_at, unacknowledged);
+        let seen = Seen {
+            changed_at,
+            unacknowledged,
+            on_their_way,
+            ..seen(tunnel)
+        };
         match clocks.step(now, &seen, &phase) {
             Step::Wait(until) => {
                 let at_least = now + (tunnel.times.linger / 2).max(LOOK_AT_LEAST);
@@ -485,11 +497,17 @@ fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
                 log::debug!(id = tunnel.state.id; "ping");
                 tunnel.writer.ping();
             }
-            Step::Look => {
-                unacknowledged = match os::unacknowledged(&tunnel.peer) {
-                    Some(count) => Unacknowledged::Bytes(count),
-                    None => Unacknowledged::Unknown,
-                };
+            Step::Look => unacknowledged = Unacknowledged::found(os::unacknowledged(&tunnel.peer)),
+            Step::LookAtBoth => {
+                let counts = [
+                    os::unacknowledged(&tunnel.peer),
+                    tunnel.stream.unacknowledged(),
+                ];
+                let known = counts
+                    .into_iter()
+                    .flatten()
+                    .reduce(|one, other| one + other);
+                on_their_way = Unacknowledged::found(known);
             }
             Step::Leave => match tunnel.stream {
                 Stream::Stdio(_) => return None,
@@ -503,7 +521,8 @@ fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
     }
 }
 
-fn seen(tunnel: &Tunnel, changed_at: Duration, unacknowledged: Unacknowledged) -> Seen {
+/// What can be seen without asking the system's tables.
+fn seen(tunnel: &Tunnel) -> Seen {
     let activity = tunnel.activity();
     // Both before `last_read`, as what ends them sets that first; else neither they nor what came might be seen.
     let blocked_on_stream = activity.is_blocked_on_stream();
@@ -517,8 +536,7 @@ fn seen(tunnel: &Tunnel, changed_at: Duration, unacknowledged: Unacknowledged) -
         ping_pending: tunnel.writer.is_ping_pending(),
         ping_written: activity.ping_written(),
         all_ponged: activity.all_ponged(),
-        changed_at,
-        unacknowledged,
+        ..Seen::default()
     }
 }
 

@@ -1,6 +1,6 @@
 //! What ends by itself when nothing happens: a tunnel with `--idle-timeout`, the daemon with `--exit-when-idle`.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -111,6 +111,24 @@ fn bytes_in_one_direction_keep_a_tunnel_open_and_pongs_do_not() {
     assert!(!reading.is_finished(), "{}", daemon.log());
     assert_eq!(reading.join().unwrap().1, idle());
     daemon.logged(1, &["end=idle"]);
+}
+
+#[test]
+fn bytes_that_a_slow_side_still_takes_keep_a_tunnel_open() {
+    let daemon = Daemon::start(&["--idle-timeout", "2s"]);
+    let target = Target::listen();
+    let client = Client::open(&daemon, target.port);
+    let mut stream = target.accept();
+    // More than the sockets hold, so that nothing is written for as long as the target takes what is there.
+    let mut sender = client.clone_writer();
+    thread::spawn(move || sender.stream.write_all(&frame(0x82, &[0; 20_000_000])));
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(6) {
+        stream.read_exact(&mut [0; 8 * 1024]).unwrap();
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(!daemon.log().contains("tunnel closed"), "{}", daemon.log());
+    daemon.logged(1, &["tunnel closed:", "end=idle"]);
 }
 
 #[test]

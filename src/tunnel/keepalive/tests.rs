@@ -88,7 +88,7 @@ impl Fake {
                 }
                 Step::Look => self.seen.unacknowledged = Unacknowledged::Unknown,
                 Step::Cut(cut) => return (pings, Some((now, cut))),
-                Step::Leave => panic!("left at {now:?}"),
+                step @ (Step::LookAtBoth | Step::Leave) => panic!("{step:?} at {now:?}"),
             }
         }
         (pings, None)
@@ -800,11 +800,20 @@ fn idle_cut(
                 seen.ping_written = now;
                 seen.last_read = now;
             }
+            Step::LookAtBoth => seen.on_their_way = Unacknowledged::Bytes(0),
             Step::Cut(cut) => return Some((now, cut)),
             step => unreachable!("{step:?} at {now:?}"),
         }
     }
     None
+}
+
+/// What is seen of a tunnel in which nothing is on its way.
+fn nothing_on_its_way() -> Seen {
+    Seen {
+        on_their_way: Unacknowledged::Bytes(0),
+        ..Seen::default()
+    }
 }
 
 #[test]
@@ -822,10 +831,24 @@ fn an_idle_tunnel_is_ended_in_every_state_that_could_last() {
 fn no_wait_is_longer_than_the_idle_timeout() {
     for phase in [Phase::Open, Phase::PeerClosed] {
         for (idle_timeout, waits) in [(at(10), at(10)), (IDLE, TIMES.ping_interval)] {
-            let step = idle_clocks(Some(idle_timeout)).step(at(1), &Seen::default(), &phase);
+            let step = idle_clocks(Some(idle_timeout)).step(at(1), &nothing_on_its_way(), &phase);
             assert_eq!(step, Step::Wait(waits), "{phase:?}");
         }
     }
+}
+
+#[test]
+fn a_tunnel_is_looked_at_before_it_is_idle() {
+    for phase in [Phase::Open, Phase::PeerClosed, Phase::StreamEnded] {
+        let mut clocks = idle_clocks(Some(at(20)));
+        let mut seen = Seen::default();
+        assert_eq!(clocks.step(at(5), &seen, &phase), Step::LookAtBoth);
+        seen.on_their_way = Unacknowledged::Bytes(7);
+        let step = clocks.step(at(5), &seen, &phase);
+        assert_eq!(step, Step::Wait(at(10)), "{phase:?}");
+    }
+    let closing = idle_clocks(Some(at(20))).step(at(30), &Seen::default(), &Phase::Closing);
+    assert_ne!(closing, Step::LookAtBoth);
 }
 
 #[test]
@@ -839,7 +862,7 @@ fn without_an_idle_timeout_a_silent_tunnel_stays() {
 #[test]
 fn time_in_which_the_daemon_stood_still_is_not_idle_time() {
     let mut clocks = idle_clocks(Some(IDLE));
-    let seen = Seen::default();
+    let seen = nothing_on_its_way();
     clocks.note_late(at(3600));
     let step = clocks.step(at(3600), &seen, &Phase::PeerClosed);
     assert!(matches!(step, Step::Wait(_)), "{step:?}");
@@ -859,7 +882,7 @@ fn a_peer_that_is_dead_is_not_idle() {
     let mut clocks = idle_clocks(Some(at(36)));
     let mut seen = Seen {
         all_ponged: true,
-        ..Seen::default()
+        ..nothing_on_its_way()
     };
     assert_eq!(clocks.step(at(30), &seen, &Phase::Open), Step::Ping);
     seen.ping_written = at(30);
