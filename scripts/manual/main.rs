@@ -376,6 +376,19 @@ mod tests {
         }
     }
 
+    /// Where a line is too long, clap goes on at the left edge.
+    #[test]
+    fn what_is_indented_in_the_help_fits_a_terminal() {
+        for page in &PAGES {
+            let command = (page.command)();
+            let texts = [command.get_long_about(), command.get_after_help()];
+            let texts = texts.map(|text| text.unwrap().to_string());
+            for line in texts.iter().flat_map(|text| text.lines()) {
+                assert!(!line.starts_with(' ') || line.len() <= 80, "{line}");
+            }
+        }
+    }
+
     #[test]
     fn the_tables_of_the_reference_have_every_option() {
         for (command, rows) in tables() {

@@ -75,9 +75,9 @@ pub enum Token {
 ///
 /// Local ports, in the words of ssh; a SOCKS5 proxy; and stdin and stdout, for an SSH ProxyCommand:
 ///
-///   tunneld connect ws://sandbox:49983 -L 5432 -L 8080:3000 -L 9000:db.internal:9000
+///   tunneld connect ws://sandbox:49983 -L 5432 -L 8080:3000 -L 9000:db:9000
 ///   tunneld connect ws://sandbox:49983 -D 1080
-///   ssh -o ProxyCommand='tunneld connect ws://sandbox:49983 -W localhost:22' sandbox
+///   ssh -o ProxyCommand='tunneld connect ws://sandbox:49983 -W 22' sandbox
 #[derive(Debug, Parser)]
 #[command(name = "tunneld connect", bin_name = "tunneld connect", version, verbatim_doc_comment, max_term_width = 100, after_help = AFTER_HELP)]
 struct Arguments {
@@ -181,13 +181,17 @@ struct Arguments {
 
 const AFTER_HELP: &str = "\
 Environment:
-  TUNNELD_ACCESS_TOKEN  the access token itself (there is no option for it: arguments show in ps)
+  TUNNELD_ACCESS_TOKEN  the access token itself (there is no option for it:
+                        arguments show in ps)
   https_proxy, http_proxy, all_proxy, no_proxy
-                        the proxy for wss://, for ws://, for both; and the hosts without one (as in curl)
-  RUST_LOG              what is logged of local ports, to stderr: error, warn, info (the default), debug
+                        the proxy for wss://, for ws://, for both; and the
+                        hosts without one (as in curl)
+  RUST_LOG              what is logged of local ports, to stderr: error, warn,
+                        info (the default), debug
 
 Exit codes:
-  0  both sides ended in order, and all data was delivered; with local ports, SIGTERM, SIGINT or SIGHUP
+  0  both sides ended in order, and all data was delivered; with local ports,
+     SIGTERM, SIGINT or SIGHUP
   1  refused, unreachable, or cut off; stderr has the reason
   2  an invalid option, an unreadable file, an address in use";
 

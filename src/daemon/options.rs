@@ -173,14 +173,19 @@ const ACCESS: &str = "Access";
 const TIMES: &str = "Times (such as 500ms, 30s, 5m)";
 const AFTER_HELP: &str = "\
 Environment:
-  Every option can be set by the variable named beside it; an empty one counts as unset.
-  TUNNELD_ACCESS_TOKEN  the access token itself (there is no option for it: arguments show in ps)
-  LISTEN_FDS            sockets to listen on instead of --listen (sd_listen_fds); a service manager sets it
-  NOTIFY_SOCKET         where READY=1 and STOPPING=1 go (sd_notify); a service manager sets it
-  RUST_LOG              what is logged to stderr: error, warn, info (the default), debug, trace
+  Each option has the variable named beside it; an empty one counts as unset.
+  TUNNELD_ACCESS_TOKEN  the access token itself (there is no option for it:
+                        arguments show in ps)
+  LISTEN_FDS            sockets to listen on instead of --listen
+                        (sd_listen_fds); a service manager sets it
+  NOTIFY_SOCKET         where READY=1 and STOPPING=1 go (sd_notify); a service
+                        manager sets it
+  RUST_LOG              what is logged to stderr: error, warn, info (the
+                        default), debug, trace
 
 Exit codes:
-  0  shut down by SIGTERM, SIGINT or SIGHUP (a second signal ends it at once, with 1), or by --exit-when-idle
+  0  shut down by SIGTERM, SIGINT or SIGHUP (a second signal ends it at once,
+     with 1), or by --exit-when-idle
   1  failed while running
   2  an invalid option, an unreadable token file, an address in use";
 
