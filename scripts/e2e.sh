@@ -516,6 +516,8 @@ check "daemon down: websocat says so" daemon_down
 . scripts/e2e/operating.sh
 # shellcheck source=scripts/e2e/suites.sh
 . scripts/e2e/suites.sh
+# shellcheck source=scripts/e2e/completions.sh
+. scripts/e2e/completions.sh
 # shellcheck source=scripts/e2e/package.sh
 . scripts/e2e/package.sh
 

@@ -1,13 +1,14 @@
 //! What both command lines share: how options are read, what is said of a wrong one, and how a place to listen at is
 //! written.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use clap::Parser;
+use clap::builder::{PossibleValue, TypedValueParser};
 use clap::error::ErrorKind;
+use clap::{Arg, Command, Parser};
 
 /// The longest duration an option takes. It keeps every sum with an `Instant` in range.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
@@ -149,6 +150,36 @@ impl fmt::Display for Bind {
 pub(crate) fn port_or_zero(text: &str) -> Option<u16> {
     let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     text.parse().ok().filter(|_| is_decimal)
+}
+
+/// One of a few words and what each means. Shells offer them; to people the option's help says them.
+#[derive(Clone, Copy)]
+pub(crate) struct OneOf<T: 'static>(pub(crate) &'static [(&'static str, T)]);
+
+impl<T: Copy + Send + Sync> TypedValueParser for OneOf<T> {
+    type Value = T;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        option: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<T, clap::Error> {
+        let words = self.0;
+        let parse = move |text: &str| -> Result<T, String> {
+            let found = words.iter().find(|(word, _)| *word == text);
+            found.map(|(_, meaning)| *meaning).ok_or_else(|| {
+                let words: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+                format!("write {}", words.join(" or "))
+            })
+        };
+        parse.parse_ref(command, option, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let words = self.0.iter();
+        Some(Box::new(words.map(|(word, _)| PossibleValue::new(*word))))
+    }
 }
 
 pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {

@@ -24,20 +24,6 @@ pub enum Format {
     Json,
 }
 
-impl Format {
-    /// Parses `text` or `json`.
-    ///
-    /// # Errors
-    /// What may be given.
-    pub fn parse(text: &str) -> Result<Format, String> {
-        match text {
-            "text" => Ok(Format::Text),
-            "json" => Ok(Format::Json),
-            _ => Err("write text or json".into()),
-        }
-    }
-}
-
 /// Logs what `RUST_LOG` says from now on, panics included; otherwise everything from info up. To be called once.
 pub fn start(format: Format) {
     let (directives, complaint) = match directives(std::env::var(VARIABLE)) {

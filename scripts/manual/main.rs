@@ -39,7 +39,7 @@ fn write_all(directory: &Path) -> io::Result<()> {
         fs::write(directory.join(page.file()), page.render()?)?;
     }
     for (shell, file) in SHELLS {
-        fs::write(directory.join(file), completions(shell))?;
+        fs::write(directory.join(file), completions(shell)?)?;
     }
     Ok(())
 }
@@ -50,14 +50,36 @@ const SHELLS: [(Shell, &str); 3] = [
     (Shell::Fish, "tunneld.fish"),
 ];
 
-fn completions(shell: Shell) -> Vec<u8> {
+fn completions(shell: Shell) -> io::Result<String> {
     // To clap the client is a program of its own, to a shell it is a subcommand.
-    let mut command = daemon_command()
+    let mut command = with_plain_names(daemon_command())
         .disable_help_subcommand(true)
-        .subcommand(client_command().name("connect"));
+        .subcommand(with_plain_names(client_command()).name("connect"));
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command, "tunneld", &mut script);
-    script
+    let script = String::from_utf8(script).map_err(io::Error::other)?;
+    Ok(script.replace(FISH_GIVES_UP, FISH_GOES_ON))
+}
+
+/// How fish's script finds out whether a subcommand has come: it fails where an option still lacks its value, and so
+/// that value would never be completed. No subcommand has come by then.
+const FISH_GIVES_UP: &str = "-- $cmd 2>/dev/null\n    or return\n";
+const FISH_GOES_ON: &str = "-- $cmd 2>/dev/null\n    or return 0\n";
+
+/// clap_complete puts the names of values between the quotes and colons of zsh's scripts as they are, and zsh takes a
+/// colon in one for its own.
+fn with_plain_names(command: Command) -> Command {
+    command.mut_args(|option| {
+        let mut names = option.get_value_names().unwrap_or_default().iter();
+        match names.all(|name| is_plain(name)) {
+            true => option,
+            false => option.value_name("VALUE"),
+        }
+    })
+}
+
+fn is_plain(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }
 
 struct Page {
@@ -364,7 +386,7 @@ mod tests {
     #[test]
     fn every_shell_completes_every_option() {
         for (shell, _) in SHELLS {
-            let script = String::from_utf8(completions(shell)).unwrap();
+            let script = completions(shell).unwrap();
             for option in PAGES.iter().flat_map(|page| flags(&built(page))) {
                 let written = match (shell, option.strip_prefix("--")) {
                     (Shell::Fish, Some(long)) => format!("-l {long}"),
@@ -385,6 +407,32 @@ mod tests {
             let texts = texts.map(|text| text.unwrap().to_string());
             for line in texts.iter().flat_map(|text| text.lines()) {
                 assert!(!line.starts_with(' ') || line.len() <= 80, "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_completions_call_a_value_is_a_word() {
+        for page in &PAGES {
+            let command = with_plain_names((page.command)());
+            for option in command.get_arguments() {
+                let names = option.get_value_names().unwrap_or_default();
+                assert!(names.iter().all(|name| is_plain(name)), "{names:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_shell_offers_the_values_of_an_option_that_has_few() {
+        for (shell, _) in SHELLS {
+            let script = completions(shell).unwrap();
+            let between = match shell {
+                Shell::Fish => "\\t''\n",
+                _ => " ",
+            };
+            for values in [["text", "json"], ["websocket", "connect-tcp"]] {
+                let values = values.join(between);
+                assert!(script.contains(&values), "{shell}: {values}");
             }
         }
     }

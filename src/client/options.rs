@@ -12,7 +12,7 @@ use super::headers::Headers;
 use super::proxy::Proxy;
 use super::server::{HOST, OwnCertificate, PORT, Server};
 use super::tls::Trust;
-use crate::cli::{Bind, Exit, at_least_one, duration, one_line, positive};
+use crate::cli::{Bind, Exit, OneOf, at_least_one, duration, one_line, positive};
 use crate::token::{self, Kind, TOKEN_VARIABLE, TokenSource, read_file, token_source};
 use crate::tunnel::{Protocol, Times};
 
@@ -163,7 +163,7 @@ struct Arguments {
     wait: Option<Duration>,
 
     /// What to speak with the daemon: websocket passes every proxy, connect-tcp takes less CPU
-    #[arg(long, value_name = "PROTOCOL", default_value = "websocket", value_parser = protocol)]
+    #[arg(long, value_name = "PROTOCOL", default_value = "websocket", value_parser = PROTOCOLS, hide_possible_values = true)]
     protocol: Protocol,
 
     /// How often the daemon is pinged
@@ -194,6 +194,11 @@ Exit codes:
      SIGTERM, SIGINT or SIGHUP
   1  refused, unreachable, or cut off; stderr has the reason
   2  an invalid option, an unreadable file, an address in use";
+
+const PROTOCOLS: OneOf<Protocol> = OneOf(&[
+    ("websocket", Protocol::WebSocket),
+    ("connect-tcp", Protocol::ConnectTcp),
+]);
 
 /// The arguments behind the program's name, if they are the client's.
 pub fn client_arguments(arguments: &[OsString]) -> Option<&[OsString]> {
@@ -249,14 +254,6 @@ impl Config {
                 linger: arguments.linger,
             },
         })
-    }
-}
-
-fn protocol(text: &str) -> Result<Protocol, String> {
-    match text {
-        "websocket" => Ok(Protocol::WebSocket),
-        "connect-tcp" => Ok(Protocol::ConnectTcp),
-        _ => Err("write websocket or connect-tcp".into()),
     }
 }
 

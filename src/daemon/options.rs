@@ -15,7 +15,7 @@ use super::http::auth::{Access, Tokens};
 use super::http::forwarded::Trusted;
 use super::http::origin::{HostName, Origin};
 use super::listener::ListenAddress;
-use crate::cli::{Exit, at_least_one, duration, one_line, parse, positive};
+use crate::cli::{Exit, OneOf, at_least_one, duration, one_line, parse, positive};
 use crate::logging::Format;
 use crate::policy::{Policy, Rule};
 use crate::token::{TOKEN_VARIABLE, TokenSource, token_source};
@@ -86,7 +86,7 @@ struct Arguments {
     max_connections: usize,
 
     /// Form of the log's lines: text, or json for an object per line
-    #[arg(long, env = "TUNNELD_LOG_FORMAT", value_name = "FORMAT", default_value = "text", value_parser = Format::parse)]
+    #[arg(long, env = "TUNNELD_LOG_FORMAT", value_name = "FORMAT", default_value = "text", value_parser = FORMATS, hide_possible_values = true)]
     log_format: Format,
 
     /// File with the access tokens, one per line; read again when it changes
@@ -168,6 +168,8 @@ struct Arguments {
     #[arg(long, env = "TUNNELD_SHUTDOWN_GRACE", value_name = "TIME", default_value = "5s", value_parser = duration, help_heading = TIMES)]
     shutdown_grace: Duration,
 }
+
+const FORMATS: OneOf<Format> = OneOf(&[("text", Format::Text), ("json", Format::Json)]);
 
 const ACCESS: &str = "Access";
 const TIMES: &str = "Times (such as 500ms, 30s, 5m)";

@@ -25,7 +25,7 @@ fn a_wrong_option_is_one_line_and_exit_code_2() {
         (&["--ping-interval", "soon"], "soon"),
         (&["--ping-interval", "0s"], "at least 1ms"),
         (&["--linger", "500days"], "at most"),
-        (&["--log-format", "xml"], "text or json"),
+        (&["--log-format", "xml"], ": write text or json"),
         (&["--trust-forwarded", "proxy"], "10.0.0.0/8"),
         (&["--idle-timeout", "0s"], "at least 1ms"),
         (&["--exit-when-idle", "0s"], "at least 1ms"),
