@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clap::builder::{PossibleValue, TypedValueParser};
@@ -93,7 +93,8 @@ pub enum Bind {
 }
 
 impl Bind {
-    /// Parses `PORT`, `localhost:PORT`, `ADDRESS:PORT`, or `*:PORT` for all addresses.
+    /// Parses `PORT`, `localhost:PORT`, `ADDRESS:PORT`, or `*:PORT` for all addresses. What stands before the port may
+    /// be in brackets, and an IPv6 address must be.
     ///
     /// # Errors
     /// The end of a sentence, with the right form.
@@ -110,17 +111,18 @@ impl Bind {
     /// `port` of what `address` names: localhost, an address (IPv6 in brackets), or `*` or nothing for all of them,
     /// as in ssh.
     pub(crate) fn on(address: &str, port: u16) -> Option<Bind> {
-        if let Some(bracketed) = address.strip_prefix('[') {
-            // With a zone, as in [fe80::1%2].
-            let socket = format!("[{}]:{port}", bracketed.strip_suffix(']')?);
-            return socket.parse().ok().map(Bind::At);
-        }
-        match address {
+        let bare = without_brackets(address)?;
+        match bare {
             "" | "*" => Some(Bind::Everywhere(port)),
-            _ if address.eq_ignore_ascii_case("localhost") => Some(Bind::Loopback(port)),
-            _ if address.parse::<Ipv6Addr>().is_ok() => None,
+            _ if bare.eq_ignore_ascii_case("localhost") => Some(Bind::Loopback(port)),
+            _ if bare.contains(':') => {
+                let is_bracketed = bare != address;
+                // With a zone, as in [fe80::1%2].
+                let socket = is_bracketed.then(|| format!("{address}:{port}"))?;
+                socket.parse().ok().map(Bind::At)
+            }
             _ => {
-                let address = address.parse::<IpAddr>().ok()?;
+                let address = bare.parse::<IpAddr>().ok()?;
                 Some(Bind::At(SocketAddr::new(address, port)))
             }
         }
@@ -143,6 +145,15 @@ impl fmt::Display for Bind {
             Bind::Everywhere(port) => write!(f, "*:{port}"),
             Bind::At(address) => write!(f, "{address}"),
         }
+    }
+}
+
+/// What colons separate may be in brackets, as in ssh: an address that has colons itself, and whatever a pattern such as
+/// `[%h]:%p` puts there. `None` if there is one bracket alone.
+pub(crate) fn without_brackets(field: &str) -> Option<&str> {
+    match field.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']'),
+        None => Some(field).filter(|field| !field.ends_with(']')),
     }
 }
 
@@ -206,6 +217,9 @@ mod tests {
             ("0.0.0.0:5432", "0.0.0.0:5432", false),
             ("*:5432", "*:5432", false),
             (":5432", "*:5432", false),
+            ("[localhost]:5432", "localhost:5432", true),
+            ("[127.0.0.1]:5432", "127.0.0.1:5432", true),
+            ("[*]:5432", "*:5432", false),
         ] {
             let bind = Bind::parse(text).unwrap();
             assert_eq!(
@@ -227,8 +241,12 @@ mod tests {
             "1.2.3:5432",
             "localhost:",
             "localhost:x",
-            "[localhost]:1",
-            "[127.0.0.1]:1",
+            "[localhost:1",
+            "localhost]:1",
+            "[[::1]]:1",
+            "[[127.0.0.1]]:1",
+            "[127.0.0.1:1",
+            "[host]:1",
             "/tmp/socket",
         ] {
             let error = Bind::parse(text).unwrap_err();

@@ -1,6 +1,6 @@
 //! What `-L`, `-D` and `-W` say, in the words of ssh(1): where a local port is served and where it leads.
 
-use crate::cli::{Bind, port_or_zero};
+use crate::cli::{Bind, port_or_zero, without_brackets};
 use crate::target::{Host, parse_port};
 
 /// A local port.
@@ -76,17 +76,29 @@ impl Destination {
 
     /// `host` empty is the daemon's default.
     fn at(host: &str, port: &str) -> Option<Destination> {
-        let port = parse_port(port)?;
-        // A number is the IPv4 address that nobody means.
-        if Host::parse(host).is_none() || port_or_zero(host).is_some() {
-            return None;
-        }
-        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let host = host_of(host)?;
         Some(Destination {
-            host: Some(bare.to_owned()).filter(|host| !host.is_empty()),
-            port: Some(port),
+            host: Some(host.to_owned()).filter(|host| !host.is_empty()),
+            port: Some(parse_port(port)?),
         })
     }
+}
+
+/// Parses what stands behind `--host`.
+///
+/// # Errors
+/// The end of a sentence, with the right form.
+pub fn parse_host(text: &str) -> Result<String, String> {
+    let host = host_of(text).map(str::to_owned);
+    host.ok_or_else(|| "write a name or an address, such as db.internal or ::1".into())
+}
+
+/// A host that a daemon takes, without its brackets.
+fn host_of(field: &str) -> Option<&str> {
+    let host = without_brackets(field)?;
+    // A number is the IPv4 address that nobody means.
+    let is_one = Host::parse(host).is_some() && port_or_zero(host).is_none();
+    (is_one && !host.starts_with('[')).then_some(host)
 }
 
 fn parse_fixed(text: &str) -> Option<Forward> {
@@ -179,6 +191,14 @@ mod tests {
                 "[::1]:0",
                 "Some(\"2001:db8::1\") 80",
             ),
+            ("8080:[box]:80", "localhost:8080", "Some(\"box\") 80"),
+            (
+                "[127.0.0.1]:0:[192.0.2.1]:80",
+                "127.0.0.1:0",
+                "Some(\"192.0.2.1\") 80",
+            ),
+            ("[localhost]:8080:3000", "localhost:8080", "None 3000"),
+            ("[*]:8080:3000", "*:8080", "None 3000"),
         ] {
             let forward = Forward::parse_fixed(text).unwrap();
             assert_eq!(shown(&forward), (bind.into(), to.into()), "{text}");
@@ -202,6 +222,12 @@ mod tests {
             "::1:80",
             "[::1:80",
             "8080:[::1:80",
+            "8080:[[::1]]:80",
+            "8080:[box]x:80",
+            "8080:box]:80",
+            "8080:[90]:80",
+            "[box]:8080:80",
+            "[8080]:80",
             "8080:::1:80",
             "8080:box:80:",
             "/tmp/s:box:80",
@@ -220,6 +246,7 @@ mod tests {
             ("1080", "localhost:1080"),
             ("[::1]:0", "[::1]:0"),
             ("*:1", "*:1"),
+            ("[localhost]:1", "localhost:1"),
         ] {
             let forward = Forward::parse_dynamic(text).unwrap();
             assert_eq!(shown(&forward), (bind.into(), "asked".into()));
@@ -238,6 +265,9 @@ mod tests {
             ("db.internal:5432", Some("db.internal"), 5432),
             ("10.0.0.1:80", Some("10.0.0.1"), 80),
             ("[2001:db8::1]:80", Some("2001:db8::1"), 80),
+            // ssh's own form, [%h]:%p.
+            ("[localhost]:22", Some("localhost"), 22),
+            ("[10.0.0.1]:80", Some("10.0.0.1"), 80),
         ] {
             let parsed = Destination::parse(text).unwrap();
             assert_eq!(
@@ -247,10 +277,40 @@ mod tests {
             );
         }
         for text in [
-            "", "db", "db:", "db:0", "db:x", "::1:80", "a:b:80", "[::1]", "[db]:80", "a b:80",
+            "",
+            "db",
+            "db:",
+            "db:0",
+            "db:x",
+            "::1:80",
+            "a:b:80",
+            "[::1]",
+            "[db]",
+            "[[::1]]:80",
+            "[db:80",
+            "db]:80",
+            "[a b]:80",
+            "a b:80",
         ] {
             let error = Destination::parse(text).unwrap_err();
             assert!(error.contains("HOST:PORT"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_host_alone_is_what_it_is_before_a_port() {
+        for (text, host) in [
+            ("", ""),
+            ("db.internal", "db.internal"),
+            ("::1", "::1"),
+            ("[::1]", "::1"),
+            ("10.0.0.1", "10.0.0.1"),
+        ] {
+            assert_eq!(parse_host(text).as_deref(), Ok(host));
+        }
+        for text in ["a b", "db:80", "5432", "[::1", "[[::1]]", "a/b"] {
+            let error = parse_host(text).unwrap_err();
+            assert!(error.contains("db.internal"), "{text}: {error}");
         }
     }
 }

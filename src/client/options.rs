@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Command, CommandFactory, Parser};
 
-use super::forward::{Destination, Forward, To};
+use super::forward::{Destination, Forward, To, parse_host};
 use super::headers::Headers;
 use super::proxy::Proxy;
 use super::server::{HOST, OwnCertificate, PORT, Server};
@@ -106,7 +106,7 @@ struct Arguments {
     no_close: bool,
 
     /// The target's host as seen by the daemon, for --port [default: localhost]
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST", value_parser = parse_host)]
     host: Option<String>,
 
     /// The target's port, for stdin and stdout or --listen

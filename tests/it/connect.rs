@@ -608,8 +608,8 @@ fn a_refusal_is_shown_with_its_message() {
         "refused with 502: cannot reach localhost:{port}: "
     ));
     assert!(sentence.contains("Connection refused"), "{sentence}");
-    let mut client = Connect::to(&daemon, 1, &["--host", "a b"]);
-    client.broke("refused with 400: ");
+    let url = format!("ws://{}/?port=1&host=a%20b", daemon.address);
+    Connect::spawn(Connect::command(&url, &[])).broke("refused with 400: ");
     let closed = Daemon::start_closed(&[]);
     Connect::to(&closed, port, &[]).broke("refused with 401: ");
 }

@@ -426,10 +426,11 @@ mod through_a_proxy {
         let issuer = Issuer::new(ca, key);
         let key = KeyPair::generate().unwrap();
         let signed = for_localhost(IsCa::NoCa).signed_by(&key, &issuer).unwrap();
+        let held = closed_port();
         for trusted in [&of_ca, &signed] {
             Proxy::showing(daemon.address, &[&signed], &key, trusted)
-                .client(1, &["--host", "a b"])
-                .broke("refused with 400: ");
+                .client(held.port, &[])
+                .broke("refused with 502: ");
         }
     }
 

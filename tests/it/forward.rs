@@ -206,6 +206,9 @@ fn a_forward_that_makes_no_sense_is_one_line_with_the_right_form() {
     for target in ["", "box", "box:0", "::1:80"] {
         is_wrong(&["-W", target], "HOST:PORT");
     }
+    for host in ["a b", "::1:", "80"] {
+        is_wrong(&["--port", "1", "--host", host], "db.internal");
+    }
     for listen in ["", "x", "box:80", "70000"] {
         is_wrong(&["--port", "1", "--listen", listen], "127.0.0.1:5432");
     }

@@ -163,7 +163,7 @@ proptest! {
 
     #[test]
     fn what_is_accepted_of_an_option_means_the_same_written_in_full(
-        text in "([0-9]{1,5}|\\[::1\\]|\\*|localhost|127\\.0\\.0\\.1|box\\.a|unix|:|[ -~]{0,3}){0,7}"
+        text in "([0-9]{1,5}|\\[::1\\]|\\*|localhost|127\\.0\\.0\\.1|box\\.a|\\[|\\]|unix|:|[ -~]{0,3}){0,7}"
     ) {
         options::a_forward_means_the_same_written_in_full(&text);
     }
@@ -176,7 +176,7 @@ proptest! {
     #[test]
     fn the_daemon_dials_what_the_client_was_told(
         url in "(ws|http|wss)://([a-z]{1,3}|\\[::1\\]|[ -~]{1,3})(:[0-9]{1,5})?(/|/tunnel)?(\\?[ -~]{0,9})?",
-        to in "([a-z.]{0,5}|\\[[0-9a-f:]{2,9}\\]|[ -~]{0,4}|.{0,4}):[0-9]{1,5}",
+        to in "(\\[?[a-z.]{0,5}\\]?|\\[[0-9a-f:]{2,9}\\]|[ -~]{0,4}|.{0,4}):[0-9]{1,5}",
     ) {
         options::the_daemon_dials_what_the_client_was_told(&url, &to);
     }

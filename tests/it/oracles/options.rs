@@ -131,7 +131,11 @@ pub fn the_daemon_dials_what_the_client_was_told(url: &str, to: &str) {
     let headers = headers.map(|(name, value)| (name.to_owned(), value.to_owned()));
     match route(&request_with(target, &headers).unwrap(), &OPEN) {
         Routed::Tunnel(upgrade) => {
-            let (host, port) = (Host::parse(host).unwrap(), port.parse().unwrap());
+            let bare = host
+                .strip_prefix('[')
+                .and_then(|rest| rest.strip_suffix(']'));
+            let host = Host::parse(bare.unwrap_or(host)).unwrap();
+            let port = port.parse().unwrap();
             assert_eq!(upgrade.target, Target { host, port });
         }
         refused => panic!("{asked}: {refused:?}"),
