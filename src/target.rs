@@ -3,6 +3,10 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+/// What stands in a path before a target, as in `…/{target_host}/{target_port}/`: the registered place of CONNECT-TCP's
+/// default template (draft-ietf-httpbis-connect-tcp-12).
+pub const MASQUE: &str = "/.well-known/masque/tcp/";
+
 /// What a tunnel leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use url::Url;
 
 use super::forward::Destination;
-use crate::target::{Host, Target};
+use crate::target::{Host, MASQUE, Target};
 use crate::token::TOKEN_VARIABLE;
 
 /// The PEM files of `--cert` and `--key`.
@@ -61,6 +61,12 @@ impl Server {
         }
         if url.fragment().is_some() {
             return Err("the URL has a fragment (#...), which is never sent: remove it".into());
+        }
+        // A daemon would take the target from there, whatever the query says.
+        if url.path().contains(MASQUE) {
+            return Err(format!(
+                "the path of the URL names a target: write {DEFAULT_PATH} in place of {MASQUE} and what follows it, and the target as -W, -L or --port"
+            ));
         }
         url.set_scheme(scheme)
             .map_err(|()| format!("the URL can't be one of {scheme}:"))?;
@@ -284,6 +290,18 @@ mod tests {
             ("ws://box#s3cret", None, Some(5), "#"),
             ("ws://box", None, None, "--port"),
             ("ws://box?port=7", None, Some(5), "--port 5"),
+            (
+                "ws://box/.well-known/masque/tcp/db/7/",
+                None,
+                None,
+                "write /tunnel",
+            ),
+            (
+                "ws://box/a/.well-known/masque/tcp/db/7",
+                None,
+                Some(5),
+                "write /tunnel",
+            ),
             ("ws://box?host=a", Some("b"), Some(5), "--host b"),
             ("ws://box:0", None, Some(5), "no valid host"),
             ("ws://a..b", None, Some(5), "no valid host"),

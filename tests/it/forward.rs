@@ -233,6 +233,9 @@ fn a_forward_that_makes_no_sense_is_one_line_with_the_right_form() {
         let (code, stderr) = fails_to_start(Connect::command("ws://127.0.0.1:1?port=80", options));
         let part = format!("{} and the URL's own port=", options[0]);
         assert!(code == 2 && stderr.contains(&part), "{stderr}");
+        let url = "ws://127.0.0.1:1/.well-known/masque/tcp/localhost/80/";
+        let (code, stderr) = fails_to_start(Connect::command(url, options));
+        assert!(code == 2 && stderr.contains("write /tunnel"), "{stderr}");
     }
 }
 

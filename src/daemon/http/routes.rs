@@ -14,7 +14,7 @@ use super::auth::Access;
 use super::handshake::{self, Handshake};
 use super::origin::{HostName, Origin, check_host, check_origin};
 use crate::daemon::request_head::is_host;
-use crate::target::{Host, Target, parse_port};
+use crate::target::{Host, MASQUE, Target, parse_port};
 
 /// The API's own description, served at `/openapi.yaml`.
 pub const OPENAPI: &str = include_str!("openapi.yaml");
@@ -86,9 +86,6 @@ fn check(request: &Request, rules: &Rules) -> Result<Routed, Answer> {
         )),
     }
 }
-
-/// The registered place of the default template, `…/{target_host}/{target_port}/` (draft-ietf-httpbis-connect-tcp-12).
-const MASQUE: &str = "/.well-known/masque/tcp/";
 
 fn tunnel(
     request: &Request,
