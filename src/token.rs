@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 /// The variable that holds the token itself. It has no option, as arguments show in `ps`.
 pub(crate) const TOKEN_VARIABLE: &str = "TUNNELD_ACCESS_TOKEN";
 
-/// The longest file of tokens or headers, in bytes.
+/// The longest file of tokens, headers, or a certificate and its key, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
 
 /// The end of a sentence on a text without a token.
@@ -77,6 +77,15 @@ pub(crate) fn read_file(path: &Path, kind: Kind) -> Result<String, String> {
 /// # Errors
 /// When it can't be read, is too long, or is not UTF-8.
 pub(crate) fn read_text(path: &Path, kind: Kind) -> io::Result<String> {
+    let bytes = read_bytes(path, kind)?;
+    String::from_utf8(bytes).map_err(|_| io::Error::other("it is not UTF-8"))
+}
+
+/// The same, whatever is in it.
+///
+/// # Errors
+/// When it can't be read, or is too long.
+pub(crate) fn read_bytes(path: &Path, kind: Kind) -> io::Result<Vec<u8>> {
     let flags = match kind {
         Kind::Any => OFlags::CLOEXEC,
         Kind::Regular => OFlags::CLOEXEC | OFlags::NONBLOCK,
@@ -85,12 +94,12 @@ pub(crate) fn read_text(path: &Path, kind: Kind) -> io::Result<String> {
     if matches!(kind, Kind::Regular) && !file.metadata()?.is_file() {
         return Err(io::Error::other("it is no longer a regular file"));
     }
-    let mut text = String::new();
-    file.take(MAX_FILE + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_FILE {
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
         return Err(io::Error::other(format!(
             "it is longer than {MAX_FILE} bytes"
         )));
     }
-    Ok(text)
+    Ok(bytes)
 }

@@ -61,11 +61,8 @@ impl Trust {
     pub fn load(ca_file: Option<&Path>, own: Option<&OwnCertificate>) -> Result<Trust, String> {
         let named = match ca_file {
             None => Vec::new(),
-            Some(path) => certificates_in(path).map_err(|error| {
-                format!(
-                    "cannot use the certificates in {}: {error}; write them as PEM",
-                    path.display()
-                )
+            Some(path) => certificates_in(&identity::read(path, "--ca-file")?).map_err(|why| {
+                format!("cannot use the certificates in {}: {why}", path.display())
             })?,
         };
         let ring = Arc::new(ring::default_provider());

@@ -22,10 +22,27 @@ fn a_file_of_certificates_is_checked_at_the_start() {
     assert!(with_file("ws://localhost:1", "/dev/null").contains("write wss://"));
     if cfg!(feature = "tls") {
         for path in ["/nonexistent", "/dev/null", "Cargo.toml"] {
-            assert!(with_file("wss://localhost:1", path).contains(path));
+            let sentence = with_file("wss://localhost:1", path);
+            let is_there = path != "/nonexistent";
+            assert!(
+                sentence.contains(path) && sentence.contains("PEM") == is_there,
+                "{sentence}"
+            );
         }
     }
 }
+
+fn path_of(file: &tempfile::NamedTempFile) -> &str {
+    file.path().to_str().unwrap()
+}
+
+/// A private key on a curve that ring does not have.
+const ON_SECP256K1: &[u8] = b"-----BEGIN PRIVATE KEY-----
+MIGEAgEAMBAGByqGSM49AgEGBSuBBAAKBG0wawIBAQQgRtptOtkf76weKaxfXVz+
+cR7yOQJcyZe8MIGxly5s+SOhRANCAASixlc3wy2PiHHOlL8eCF/M3Duhw3k1Ddgo
+lxFjW8GIwz/tZpBNEksUw3wv3Z6XE/p1NJRMxG6rifm8OIbiL3qr
+-----END PRIVATE KEY-----
+";
 
 #[test]
 fn a_client_certificate_is_checked_at_the_start() {
@@ -42,24 +59,29 @@ fn a_client_certificate_is_checked_at_the_start() {
         return;
     }
     wrong(wss, &["--key", "/dev/null"], &["--cert FILE"]);
-    for path in ["/nonexistent", "/dev/null", "Cargo.toml"] {
+    for path in ["/dev/null", "Cargo.toml"] {
         wrong(
             wss,
             &["--cert", path],
             &["certificates of --cert", path, "PEM"],
         );
     }
-    let file = |text: &str| {
+    wrong(
+        wss,
+        &["--cert", "/nonexistent"],
+        &["/nonexistent, which --cert names: No such file or directory (os error 2)\n"],
+    );
+    let file = |bytes: &[u8]| {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(&file, text).unwrap();
+        std::fs::write(&file, bytes).unwrap();
         file
     };
     let [own, other] = [(); 2].map(|()| rcgen::generate_simple_self_signed(["me".into()]).unwrap());
     let (cert, key) = (
-        file(&own.cert.pem()),
-        file(&other.signing_key.serialize_pem()),
+        file(own.cert.pem().as_bytes()),
+        file(other.signing_key.serialize_pem().as_bytes()),
     );
-    let (cert, key) = (cert.path().to_str().unwrap(), key.path().to_str().unwrap());
+    let (cert, key) = (path_of(&cert), path_of(&key));
     wrong(
         wss,
         &["--cert", cert],
@@ -73,15 +95,37 @@ fn a_client_certificate_is_checked_at_the_start() {
     wrong(
         wss,
         &["--cert", cert, "--key", "/nonexistent"],
-        &["/nonexistent"],
+        &["/nonexistent, which --key names: No such file or directory (os error 2)\n"],
     );
     let locked =
-        file("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIB\n-----END ENCRYPTED PRIVATE KEY-----\n");
+        file(b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIB\n-----END ENCRYPTED PRIVATE KEY-----\n");
     let locked = locked.path().to_str().unwrap();
     wrong(
         wss,
         &["--cert", cert, "--key", locked],
         &["passphrase", locked],
+    );
+    let (cert_in_der, key_in_der) = (
+        file(own.cert.der()),
+        file(&other.signing_key.serialize_der()),
+    );
+    for (options, of) in [
+        (
+            ["--cert", path_of(&cert_in_der), "--key", key],
+            "openssl x509",
+        ),
+        (
+            ["--cert", cert, "--key", path_of(&key_in_der)],
+            "openssl pkey",
+        ),
+    ] {
+        wrong(wss, &options, &["it is binary and must be PEM", of]);
+    }
+    let unsupported = file(ON_SECP256K1);
+    wrong(
+        wss,
+        &["--cert", cert, "--key", path_of(&unsupported)],
+        &["no kind that is supported", path_of(&unsupported), "P-256"],
     );
 }
 
@@ -97,6 +141,7 @@ mod through_a_proxy {
         BasicConstraints, Certificate, CertificateParams, DnType, IsCa, Issuer, KeyPair,
         date_time_ymd,
     };
+    use rustix::fs::{CWD, Mode, mkfifoat};
     use rustix::process::Signal;
     use rustls::crypto::ring::default_provider;
     use rustls::pki_types::PrivateKeyDer;
@@ -464,6 +509,16 @@ mod through_a_proxy {
             assert_eq!(client.rest(), b"hello");
             assert_eq!(client.ended(), (0, String::new()));
         }
+        // A pipe, such as the shell's <(...), gives it once.
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        mkfifoat(CWD, &pipe, Mode::RUSR | Mode::WUSR).unwrap();
+        let options = ["--cert", pipe.to_str().unwrap()];
+        let mut client = proxy.client(Target::echo().port, &options);
+        let both = mine.pem() + &key.serialize_pem();
+        thread::spawn(move || std::fs::write(pipe, both));
+        drop(client.stdin());
+        assert_eq!(client.ended(), (0, String::new()));
         // It says so at the start, and no local port is served.
         let wants = "it wants a client certificate: name one with --cert and --key";
         proxy.client(1, &[]).broke(wants);
