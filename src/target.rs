@@ -75,6 +75,12 @@ impl Host {
     }
 }
 
+/// Whether `text` may be a `uri-host [ ":" port ]` (RFC 9110 §7.2) by its characters, or empty.
+pub fn is_host(text: &str) -> bool {
+    text.bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(&byte))
+}
+
 /// Parses a port as a decimal number from 1 to 65535. `str::parse` would take a plus sign.
 pub fn parse_port(text: &str) -> Option<u16> {
     let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
-use crate::token::{Kind, TOKEN_VARIABLE, read_text};
+use crate::target::is_host;
+use crate::token::{Kind, TOKEN_VARIABLE, read_bytes};
 
 /// The headers to send besides those of the handshake.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -44,19 +45,23 @@ impl Headers {
 
     fn read(&mut self, path: &Path) -> Result<(), String> {
         let name = path.display();
-        let text = read_text(path, Kind::Any)
+        let bytes = read_bytes(path, Kind::Any)
             .map_err(|error| format!("cannot read the header file {name}: {error}"))?;
-        for (index, line) in text.lines().enumerate() {
-            if !line.trim().is_empty() {
+        for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
+            self.read_line(line).map_err(|why| {
                 let number = index + 1;
-                self.add(line).map_err(|why| {
-                    format!(
-                        "line {number} of the header file {name} {why}: write it as Name: value"
-                    )
-                })?;
-            }
+                format!("line {number} of the header file {name} {why}: write it as Name: value")
+            })?;
         }
         Ok(())
+    }
+
+    fn read_line(&mut self, line: &[u8]) -> Result<(), String> {
+        let line = str::from_utf8(line).map_err(|_| "is not UTF-8")?;
+        match line.trim() {
+            "" => Ok(()),
+            _ => self.add(line),
+        }
     }
 
     fn add(&mut self, line: &str) -> Result<(), String> {
@@ -81,6 +86,9 @@ impl Headers {
         }
         if is(&"Host") && self.has(name) {
             return Err(format!("{name} is given twice"));
+        }
+        if is(&"Host") && !is_host(value) {
+            return Err(format!("{name} is not a host, with a port or without"));
         }
         self.0.push((name.to_owned(), value.to_owned()));
         Ok(())
@@ -162,6 +170,14 @@ mod tests {
             error.contains("line 3 ") && error.contains("Name: value") && !error.contains("s3cret"),
             "{error}"
         );
+        std::fs::write(&file, b"X-Id: 1\nX-Secret: caf\xe9 s3cret\n").unwrap();
+        let error = parse(&[&option]).unwrap_err();
+        assert!(
+            error.contains("line 2 ")
+                && error.contains("is not UTF-8")
+                && !error.contains("s3cret"),
+            "{error}"
+        );
         assert!(
             parse(&["@/nonexistent"])
                 .unwrap_err()
@@ -188,6 +204,9 @@ mod tests {
             "Content-Length: 3",
             "transfer-encoding: s3cret",
             "x-access-token: s3cret",
+            "Host: s3cret box",
+            "Host: ws://s3cret",
+            "Host: s3cret\u{e4}",
         ] {
             let error = parse(&[header]).unwrap_err();
             assert!(

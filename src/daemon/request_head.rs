@@ -9,6 +9,8 @@ use std::io::{self, Read};
 use std::net::TcpStream;
 use std::time::Instant;
 
+use crate::target::is_host;
+
 /// The longest request head, in bytes.
 pub const MAX_HEAD: usize = 16 * 1024;
 
@@ -189,12 +191,6 @@ fn to_ascii(value: &[u8]) -> String {
         ascii => char::from(ascii),
     };
     value.iter().map(to_ascii).collect()
-}
-
-/// Whether `text` may be a `uri-host [ ":" port ]` (RFC 9110 §7.2) by its characters, or empty.
-pub fn is_host(text: &str) -> bool {
-    text.bytes()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(&byte))
 }
 
 impl RequestHead {

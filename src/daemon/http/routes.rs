@@ -13,8 +13,7 @@ use super::answer::{Answer, quoted};
 use super::auth::Access;
 use super::handshake::{self, Handshake};
 use super::origin::{HostName, Origin, check_host, check_origin};
-use crate::daemon::request_head::is_host;
-use crate::target::{Host, MASQUE, Target, parse_port};
+use crate::target::{Host, MASQUE, Target, is_host, parse_port};
 
 /// The API's own description, served at `/openapi.yaml`.
 pub const OPENAPI: &str = include_str!("openapi.yaml");
