@@ -128,27 +128,23 @@ impl Page {
         }
     }
 
-    /// A row is an entry of its own, named by its first cell; or, if that is empty, it goes on with the one before. What
-    /// options and exit codes mean, the page says elsewhere.
+    /// A row is an entry of its own, named by its first cell; or, if that is empty, it goes on with the one before.
     fn end_row(&mut self) {
         let Table { headings, cells } = std::mem::take(&mut self.table);
-        let first = headings.first().map_or("", String::as_str);
-        if !["option", "exit code"].contains(&first) {
-            let mut columns = headings.iter().zip(&cells);
-            match columns.next() {
-                Some((_, name)) if !name.is_empty() => {
-                    self.control("TP", &[]);
-                    self.roff.text(name.clone());
-                }
-                _ => self.control("br", &[]),
+        let mut columns = headings.iter().zip(&cells);
+        match columns.next() {
+            Some((_, name)) if !name.is_empty() => {
+                self.control("TP", &[]);
+                self.roff.text(name.clone());
             }
-            let columns = columns.filter(|(_, cell)| !cell.is_empty());
-            for (at, (heading, cell)) in columns.enumerate() {
-                if at > 0 {
-                    self.control("br", &[]);
-                }
-                self.roff.text(named(heading, cell));
+            _ => self.control("br", &[]),
+        }
+        let columns = columns.filter(|(_, cell)| !cell.is_empty());
+        for (at, (heading, cell)) in columns.enumerate() {
+            if at > 0 {
+                self.control("br", &[]);
             }
+            self.roff.text(named(heading, cell));
         }
         self.table.headings = headings;
     }
