@@ -71,7 +71,7 @@ fn run_stdio(config: &Config, to: &Destination) -> Result<ExitCode, Exit> {
         waits: |why: &str| stderr::say(why),
         opened: || {
             if io::stdin().is_terminal() {
-                say_how_to_use_it(&config.server.name(to));
+                say_how_to_use_it(&config.server.name(to), config.no_close);
             }
         },
     };
@@ -85,10 +85,14 @@ fn run_stdio(config: &Config, to: &Destination) -> Result<ExitCode, Exit> {
 }
 
 /// Whoever sits before a terminal may have wanted a local port.
-fn say_how_to_use_it(target: &str) {
+fn say_how_to_use_it(target: &str, no_close: bool) {
     let (_, port) = target.rsplit_once(':').unwrap_or_default();
+    let key = match no_close {
+        true => "Ctrl-C",
+        false => "Ctrl-D at the beginning of a line",
+    };
     stderr::say(&format!(
-        "connected to {target}: what you type goes there, and Ctrl-D at the beginning of a line ends it; for a local port use -L {port}:{target}"
+        "connected to {target}: what you type goes there, and {key} ends it; for a local port use -L {port}:{target}"
     ));
 }
 

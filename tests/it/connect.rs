@@ -1,6 +1,6 @@
 //! The client: `tunneld connect`, between its own streams or its local port and the real daemon.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -352,28 +352,39 @@ fn on_a_terminal_it_says_once_how_to_use_it() {
         .read(true)
         .open(name.to_str().unwrap())
         .unwrap();
-    let mut command = Connect::command(
-        &format!("ws://{}", daemon.address),
-        &["-W", &port.to_string()],
-    );
-    command
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    rustix::io::write(&terminal, b"hello\n\x04").unwrap();
-    assert_eq!(take(&mut child.stdout.take().unwrap(), 6), b"hello\n");
-    let output = child.wait_with_output().unwrap();
+    let spawn = |options: &[&str]| {
+        let port = port.to_string();
+        let options = [&["-W", &port], options].concat();
+        let mut command = Connect::command(&format!("ws://{}", daemon.address), &options);
+        command
+            .stdin(stdin.try_clone().unwrap())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        rustix::io::write(&terminal, b"hello\n\x04").unwrap();
+        assert_eq!(take(child.stdout.as_mut().unwrap(), 6), b"hello\n");
+        child
+    };
+    let says = |stderr: &str, key: &str| {
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        let parts = [
+            format!("connected to localhost:{port}"),
+            format!("and {key} ends it"),
+            format!("use -L {port}:localhost:{port}"),
+        ];
+        assert!(parts.iter().all(|part| stderr.contains(part)), "{stderr}");
+    };
+    let output = spawn(&[]).wait_with_output().unwrap();
+    assert!(output.status.success());
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(
-        output.status.success() && stderr.lines().count() == 1,
-        "{stderr}"
-    );
-    let parts = [
-        format!("connected to localhost:{port}"),
-        format!("use -L {port}:localhost:{port}"),
-    ];
-    assert!(parts.iter().all(|part| stderr.contains(part)), "{stderr}");
+    says(&stderr, "Ctrl-D at the beginning of a line");
+    let mut child = spawn(&["-n"]);
+    let mut line = String::new();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    stderr.read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    says(&line, "Ctrl-C");
 }
 
 /// ssh ends its ProxyCommand so, after each healthy session.
