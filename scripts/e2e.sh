@@ -426,7 +426,7 @@ as_container() {
 }
 
 # A network of their own, so that no generated name or address leads anywhere.
-contract() { # four operations: it leaves the one out that serves the document
+contract() { # seven operations: it leaves the one out that serves the document
     # shellcheck disable=SC2016  # expanded inside
     timeout 300 unshare --net bash -c '
         ip link set lo up || exit
@@ -438,7 +438,7 @@ contract() { # four operations: it leaves the one out that serves the document
         ' contract "$work" >"$work/out" 2>&1
     local code=$?
     cat "$work/out"
-    [ $code -eq 0 ] && expect "$work/out" "Tested: 4" && ! grep ERROR "$work/contract.log"
+    [ $code -eq 0 ] && expect "$work/out" "Tested: 7" && ! grep ERROR "$work/contract.log"
 }
 
 metrics_parse() { # by the parser of Prometheus' own client, and compared with the log

@@ -39,6 +39,27 @@ fn every_status_of_the_table_is_described() {
 }
 
 #[test]
+fn every_upgrade_and_method_that_is_taken_is_described() {
+    let daemon = Daemon::start(&[]);
+    let document = document(&daemon);
+    assert!(document.contains("enum: [websocket, connect-tcp-12]"));
+    let mut heads = 0;
+    for path in document.split("\n  /").skip(1) {
+        let (path, operations) = path.split_once(":\n").unwrap();
+        let answer = daemon.ask(request("HEAD", &format!("/{path}"), &[]));
+        let is_described = operations.contains("\n    head:\n");
+        assert_eq!(
+            answer.status < 300,
+            is_described,
+            "/{path}: {}",
+            answer.status
+        );
+        heads += usize::from(is_described);
+    }
+    assert_eq!(heads, 3);
+}
+
+#[test]
 fn web_pages_may_not_read_it_from_an_open_daemon() {
     let daemon = Daemon::start(&[]);
     assert_eq!(
