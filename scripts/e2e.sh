@@ -5,7 +5,7 @@
 #   scripts/e2e.sh --only TEXT    only the cases whose name holds TEXT, and what they need
 #
 # Prints a line a case and "N passed, N failed" last; exits with 1 if one failed. What it starts, it stops.
-# As root it installs missing Debian packages; websocat comes from cargo, into target/tools.
+# What it builds and installs is in scripts/e2e/prepare.sh.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in
@@ -29,41 +29,9 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT TERM
 
-# --- what is needed -----------------------------------------------------------------------------------
-
-need() { # need COMMAND PACKAGE...: installs the packages if the command is missing
-    local command=$1
-    shift
-    PATH=$(echo /usr/lib/postgresql/*/bin):$PATH:/usr/sbin command -v "$command" >/dev/null && return
-    echo "installing $* ..." >&2
-    [ "${apt_updated:-}" ] || timeout 300 apt-get update -qq >&2
-    apt_updated=1
-    DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -qq -y --no-install-recommends "$@" >&2 ||
-        { echo "cannot install $*: install it by hand" >&2; exit 1; }
-}
-
-need curl curl
-need python3 python3 python3-venv
-need ip iproute2
-need redis-server redis-server
-need redis-benchmark redis-tools
-need sshd openssh-server
-need ssh openssh-client
-need systemd-analyze systemd
-if ! [ -x "$tools/bin/websocat" ]; then
-    echo "installing websocat ..." >&2
-    timeout 1500 cargo install --quiet --locked --root "$tools" websocat --version 1.14.1 >&2 ||
-        { echo "cannot install websocat" >&2; exit 1; }
-fi
-# It is run, as a checkout that was moved has a script that can't be.
-if ! { target/venv/bin/schemathesis --version && target/venv/bin/python -c 'import prometheus_client'; } >/dev/null 2>&1; then
-    echo "installing schemathesis and prometheus_client ..." >&2
-    { python3 -m venv --clear target/venv &&
-        timeout 600 target/venv/bin/pip install --quiet 'schemathesis>=4,<5' prometheus_client; } >&2 ||
-        { echo "cannot install schemathesis" >&2; exit 1; }
-fi
+# shellcheck source=scripts/e2e/prepare.sh
+. scripts/e2e/prepare.sh
 PATH=$tools/bin:$PATH:/usr/sbin
-timeout 1500 cargo build --quiet --release --locked || exit 1
 
 # --- words --------------------------------------------------------------------------------------------
 
@@ -398,10 +366,8 @@ while True:
 # As a container runtime does it: a read-only root with the static binary and what every runtime puts beside it, and
 # the daemon in there as PID 1, with the Containerfile's user.
 as_container() {
-    local image=$work/image user container_port wrapper pid triple
-    triple=$(rustc -vV | sed -n 's/^host: //p')
-    RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --no-default-features \
-        --target "$triple" || return
+    local image=$work/image user container_port wrapper pid
+    build_static --no-default-features || return
     once start_upper || return
     user=$(sed -n 's/^USER //p' scripts/Containerfile)
     mkdir -p "$image/dev/shm" "$image/etc" "$image/run/secrets" &&

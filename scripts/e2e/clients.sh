@@ -1,21 +1,5 @@
 # Clients: 50 MB each way, an end from each side with its code, a refusal. Sourced by ../e2e.sh.
 
-need node nodejs npm
-need npm nodejs npm
-need chromium chromium
-if ! [ -x "$root/target/tools4/bin/websocat" ]; then
-    echo "installing websocat 4.0.0-alpha3 ..." >&2
-    timeout 1500 cargo install --quiet --locked --root "$root/target/tools4" websocat --version 4.0.0-alpha3 >&2 ||
-        { echo "cannot install websocat 4.0.0-alpha3" >&2; exit 1; }
-fi
-if ! target/venv/bin/python -c 'import websockets' 2>/dev/null; then
-    timeout 300 target/venv/bin/pip install --quiet websockets >&2 || { echo "cannot install websockets" >&2; exit 1; }
-fi
-if ! [ -d target/node/node_modules/ws ]; then
-    timeout 300 npm install --silent --no-audit --no-fund --prefix target/node ws >&2 ||
-        { echo "cannot install ws" >&2; exit 1; }
-fi
-
 start_test_target() { # sets $test_port
     test_port=$(free_port)
     start target python3 scripts/e2e/target.py "$test_port"

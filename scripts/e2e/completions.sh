@@ -35,8 +35,6 @@ complete_in_fish() { # each as a line of its own, with a tab and its description
 }
 
 completions() {
-    need zsh zsh
-    need fish fish
     timeout 600 cargo run --quiet --locked --example manual "$work/manual" || return
     local lines=() at shell
     for ((at = 0; at < ${#completions_wanted[@]}; at += 2)); do

@@ -1,8 +1,6 @@
 # tunneld connect in ssh's words: several ports of one process, SOCKS5, proxies on the way out, a server that wants a
 # certificate, and services that come later. Sourced by ../e2e.sh, behind services.sh and proxies.sh.
 
-need tinyproxy tinyproxy-bin
-
 forward() { # forward NAME URL OPTION...: a client with local ports; sets $forwarded to their numbers, in order
     local name=$1
     shift

@@ -1,12 +1,6 @@
 # What those who run it have: proxies over a Unix socket, systemd's sockets, Prometheus, and the clients that an open
 # daemon once refused. Sourced by ../e2e.sh.
 
-need promtool prometheus
-if ! target/venv/bin/python -c 'import httplint, websocket, yaml' 2>/dev/null; then
-    timeout 300 target/venv/bin/pip install --quiet httplint websocket-client pyyaml >&2 ||
-        { echo "cannot install httplint and websocket-client" >&2; exit 1; }
-fi
-
 nginx_unix() { # nginx reaches the daemon over a Unix socket, and says who its client is
     local socket=$work/nginx.sock unix_port
     TUNNELD_ACCESS_TOKEN=$token start unix target/release/tunneld --listen "unix:$socket" --trust-forwarded unix \

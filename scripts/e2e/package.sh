@@ -21,7 +21,6 @@ package_is_made() {
 }
 
 package_is_clean() {
-    need lintian lintian
     timeout 120 lintian --allow-root --fail-on error target/package/*.deb
 }
 

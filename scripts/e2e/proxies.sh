@@ -1,8 +1,5 @@
 # Proxies in front that terminate TLS and cut what is idle for 3 s. Sourced by ../e2e.sh.
 
-need nginx nginx
-need haproxy haproxy
-
 start_proxied() { # two daemons that ping each second, a certificate, nginx and HAProxy; sets $nginx_port, $haproxy_port
     export TUNNELD_ACCESS_TOKEN=$token
     start proxied-a target/release/tunneld --listen 127.0.0.1:0 --ping-interval 1s

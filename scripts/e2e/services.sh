@@ -1,12 +1,6 @@
 # Services, through tunneld and direct with the same results: with websocat on the way, and with tunneld connect.
 # Sourced by ../e2e.sh.
 
-need psql postgresql-client
-need initdb postgresql
-need rsync rsync
-need git git
-need openssl openssl
-
 postgres_bin=$(echo /usr/lib/postgresql/*/bin)
 postgres_bin=${postgres_bin##* }
 

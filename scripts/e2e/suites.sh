@@ -1,10 +1,5 @@
 # Other people's suites: Autobahn's cases for WebSockets, and the attacks of slowhttptest. Sourced by ../e2e.sh.
 
-need slowhttptest slowhttptest
-if ! target/venv/bin/python -c 'import kosoku' 2>/dev/null; then
-    timeout 300 target/venv/bin/pip install --quiet 'kosoku>=0.1,<0.2' >&2 || { echo "cannot install kosoku" >&2; exit 1; }
-fi
-
 autobahn_daemon() { timeout 59 target/venv/bin/python scripts/e2e/autobahn.py daemon target/release/tunneld; }
 
 autobahn_client() { timeout 59 target/venv/bin/python scripts/e2e/autobahn.py client target/release/tunneld; }
