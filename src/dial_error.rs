@@ -46,6 +46,13 @@ impl fmt::Display for Step {
     }
 }
 
+impl DialError {
+    /// Whether it was refused a thread for its look-up (EAGAIN, pthread_create(3)). Nothing was asked or dialed.
+    pub fn is_want_of_a_thread(&self) -> bool {
+        matches!(self, DialError::Exhausted(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
 impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -18,7 +18,7 @@ const DESCRIPTORS_EACH: u64 = 7;
 const DESCRIPTORS_ELSE: u64 = 17;
 
 /// A tunnel's threads. Any other connection has one.
-pub const TUNNEL_THREADS: usize = 3;
+const TUNNEL_THREADS: usize = 3;
 
 /// Threads for what is no connection: the gate, two for signals, the log, tiny_http's five, the lingering close, sums for
 /// the log.

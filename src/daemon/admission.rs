@@ -37,6 +37,19 @@ struct Table {
     over: bool,
     /// Payload bytes of ended tunnels, up and down.
     moved: (u64, u64),
+    /// Those that do not know it yet.
+    evicted: BTreeMap<u64, Eviction>,
+}
+
+/// Why a connection lost its slot while its head was awaited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Eviction {
+    /// As many connections are open as may be, and another one came.
+    ConnectionLimit,
+    /// Another one needed a thread, and the system had none.
+    NoThread,
+    /// The daemon shuts down.
+    Shutdown,
 }
 
 /// What there is at one time.
@@ -95,7 +108,7 @@ impl Connections {
             return None;
         }
         if table.open.len() + table.delivering.saturating_sub(self.delivering) >= self.limit {
-            table.evict_oldest_head(u64::MAX)?;
+            table.evict_oldest_head(u64::MAX, Eviction::ConnectionLimit)?;
         }
         let id = table.next_id;
         table.next_id += 1;
@@ -115,13 +128,17 @@ impl Connections {
 
     /// The same, among those that came before connection `id`.
     pub fn evict_oldest_head_before(&self, id: u64) -> bool {
-        self.table().evict_oldest_head(id).is_some()
+        let evicted = self.table().evict_oldest_head(id, Eviction::NoThread);
+        evicted.is_some()
     }
 
-    /// Evicts the connections that have not sent their head.
+    /// Evicts the connections that have not sent their head, as the daemon shuts down.
     pub fn evict_pending_heads(&self) {
         let mut table = self.table();
-        while table.evict_oldest_head(u64::MAX).is_some() {}
+        while table
+            .evict_oldest_head(u64::MAX, Eviction::Shutdown)
+            .is_some()
+        {}
     }
 
     /// Asks every tunnel, also those that open later, to end.
@@ -207,13 +224,14 @@ impl Table {
     }
 
     /// Takes its slot from the oldest connection without a head that came before `id`, and wakes its thread.
-    fn evict_oldest_head(&mut self, id: u64) -> Option<()> {
+    fn evict_oldest_head(&mut self, id: u64, why: Eviction) -> Option<()> {
         let oldest = self
             .open
             .range(..id)
             .find(|(_, phase)| matches!(phase, Phase::Head(_)));
         let oldest = oldest.map(|(&id, _)| id)?;
         if let Some(Phase::Head(client)) = self.open.remove(&oldest) {
+            self.evicted.insert(oldest, why);
             let _ = client.shutdown(Shutdown::Read);
         }
         Some(())
@@ -221,15 +239,16 @@ impl Table {
 }
 
 impl Permit {
-    /// The head has come. `false` if the connection was evicted before.
-    pub fn answering(&self) -> bool {
-        match self.connections.table().open.get_mut(&self.id) {
-            Some(phase) => {
-                *phase = Phase::Answer;
-                true
-            }
-            None => false,
+    /// The head has come, or never will.
+    ///
+    /// # Errors
+    /// The connection was evicted before.
+    pub fn answering(&self) -> Result<(), Eviction> {
+        let mut table = self.connections.table();
+        if let Some(phase) = table.open.get_mut(&self.id) {
+            *phase = Phase::Answer;
         }
+        table.evicted.remove(&self.id).map_or(Ok(()), Err)
     }
 
     /// Gives the slot back before the last answer, so that a client that has seen it finds the slot free.
@@ -241,12 +260,7 @@ impl Permit {
     pub fn deliver(&self) -> Delivery {
         self.leave();
         self.connections.table().delivering += 1;
-        Delivery(self.connections())
-    }
-
-    /// All connections, this one among them.
-    pub fn connections(&self) -> Arc<Connections> {
-        Arc::clone(&self.connections)
+        Delivery(Arc::clone(&self.connections))
     }
 
     /// Counts all connections.
@@ -268,6 +282,7 @@ impl Drop for Permit {
     fn drop(&mut self) {
         let mut table = self.connections.table();
         table.close(self.id);
+        table.evicted.remove(&self.id);
         table.threads -= 1;
         self.connections.freed(table);
     }

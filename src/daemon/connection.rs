@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use log::kv::Value;
 use tiny_http::HTTPVersion;
 
-use super::admission::Permit;
+use super::admission::{Eviction, Permit};
 use super::http::answer::{Answer, ProxyError};
 use super::http::backend::{Backend, Rejected};
 use super::http::forwarded;
@@ -24,9 +24,9 @@ use super::request_head::{self, HeadError, MAX_HEAD, MAX_HEADERS};
 use crate::caller::Caller;
 use crate::dial::dial;
 use crate::dial_error::{DialError, Step};
-use crate::limits::TUNNEL_THREADS;
 use crate::log_limit::LogLimit;
 use crate::target::Target;
+use crate::threads::{MakeRoom, retry_in_room};
 use crate::tunnel;
 use crate::tunnel::{Outcome, Sides, State, Stream, Tcp, TunnelThreads};
 
@@ -49,6 +49,8 @@ pub struct Context {
     pub closer: LingeringClose,
     /// Where tunnels run.
     pub threads: TunnelThreads,
+    /// Takes a thread from a connection whose head is awaited.
+    pub make_room: MakeRoom,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -109,13 +111,9 @@ fn upgrade(
     let plain = |answer| Some(Refused::plain(answer));
     let deadline = Instant::now() + context.config.head_timeout;
     let head = request_head::read(client, deadline);
-    if !permit.answering() {
-        return Err(plain(Answer::refusal(
-            408,
-            "connection limit reached and no request received yet: reconnect and send the request immediately",
-        )
-        .because(ProxyError::ConnectionLimit)));
-    }
+    permit
+        .answering()
+        .map_err(|eviction| plain(evicted(eviction)))?;
     let (head, early) = head.map_err(|error| no_head(&error, context).and_then(plain))?;
     let request = context
         .backend
@@ -174,12 +172,14 @@ fn timed_dial(
 ) -> Result<(TcpStream, SocketAddr), DialError> {
     log::debug!(id, "target":% = name; "dialing");
     let start = Instant::now();
-    let dialed = dial(
-        name,
-        &context.config.policy,
-        start + context.config.dial_timeout,
-        Some(caller),
-    );
+    let deadline = start + context.config.dial_timeout;
+    let attempt = || match dial(name, &context.config.policy, deadline, Some(caller)) {
+        Err(refused) if refused.is_want_of_a_thread() => Err(refused),
+        dialed => Ok(dialed),
+    };
+    let dialed = attempt()
+        .or_else(|refused| retry_in_room(&context.make_room, refused, |_| attempt()))
+        .unwrap_or_else(Err);
     let took = start.elapsed();
     log::debug!(id, "target":% = name, duration = took.as_secs_f64(); "dialed");
     // None of these says anything of the target.
@@ -205,7 +205,6 @@ fn start_tunnel(
     permit: Permit,
     ready: Upgradable,
 ) -> Result<(), Refused> {
-    let connections = permit.connections();
     let name = TunnelName {
         id: permit.id,
         peer,
@@ -242,13 +241,8 @@ fn start_tunnel(
         }
     };
     let (threads, times) = (&context.threads, context.config.times);
-    tunnel::start(threads, sides, times, &state, open, ended).map_err(|error| {
-        // The next try must find some.
-        for _ in 0..TUNNEL_THREADS {
-            connections.evict_oldest_head();
-        }
-        Refused::plain(no_room(&error))
-    })
+    tunnel::start(threads, sides, times, &state, open, ended)
+        .map_err(|error| Refused::plain(no_room(&error)))
 }
 
 /// What a tunnel is called in the log.
@@ -332,6 +326,24 @@ impl Context {
         limit.log(what, || {
             log::info!(id, peer:% = peer, status, reason; "refused");
         });
+    }
+}
+
+fn evicted(eviction: Eviction) -> Answer {
+    let too_late = |lack: &str| {
+        Answer::refusal(
+            408,
+            format!(
+                "{lack} and no request received yet: reconnect and send the request immediately"
+            ),
+        )
+    };
+    match eviction {
+        Eviction::ConnectionLimit => {
+            too_late("connection limit reached").because(ProxyError::ConnectionLimit)
+        }
+        Eviction::NoThread => too_late("no thread left").because(ProxyError::Internal),
+        Eviction::Shutdown => Answer::unavailable("shutting down: try again"),
     }
 }
 

@@ -25,7 +25,7 @@ use crate::accept;
 use crate::limits::Limits;
 use crate::log_limit::LogLimit;
 use crate::os::{self, Waker};
-use crate::threads::Threads;
+use crate::threads::{MakeRoom, Threads};
 use crate::tunnel::{CLOSE_LIMIT, TunnelThreads};
 use admission::Connections;
 use connection::Context;
@@ -78,6 +78,8 @@ pub fn run(listeners: Vec<Listener>, config: Config, shutdown: &Shutdown) -> io:
     let manager = config.notify_socket.clone();
     let limits = Limits::of_system(config.max_connections, listeners.len())?;
     let connections = Connections::new(limits.connections, limits.leaving);
+    let of_heads = Arc::clone(&connections);
+    let make_room = MakeRoom::by(move || of_heads.evict_oldest_head());
     let rules = Rules {
         access: config.access.clone(),
         allow_origin: config.allow_origin.clone(),
@@ -88,7 +90,8 @@ pub fn run(listeners: Vec<Listener>, config: Config, shutdown: &Shutdown) -> io:
         rules,
         backend: Backend::start()?,
         closer: LingeringClose::start(limits.leaving)?,
-        threads: TunnelThreads::default(),
+        threads: TunnelThreads::in_room_of(&make_room),
+        make_room,
         metrics: Metrics::new().map_err(io::Error::other)?,
     };
     let gate = Gate {

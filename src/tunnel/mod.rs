@@ -74,7 +74,7 @@ pub(crate) use tcp::Tcp;
 
 use crate::lock::lock;
 use crate::os::{self, Waker};
-use crate::threads::Threads;
+use crate::threads::{MakeRoom, Threads};
 use ends::{Ends, FromStreamEnd, ToStreamEnd};
 use frame_writer::FrameWriter;
 use transfer::WriteFailure;
@@ -121,6 +121,18 @@ impl Default for TunnelThreads {
             to_stream: Threads::new("to-stream", STACK),
             from_stream: Threads::new("from-stream", STACK),
             keepalive: Threads::new("keepalive", STACK),
+        }
+    }
+}
+
+impl TunnelThreads {
+    /// Those that take the place of threads that `make_room` ends, where the system refuses new ones.
+    pub(crate) fn in_room_of(make_room: &MakeRoom) -> TunnelThreads {
+        let all = TunnelThreads::default();
+        TunnelThreads {
+            to_stream: all.to_stream.in_room_of(make_room.clone()),
+            from_stream: all.from_stream.in_room_of(make_room.clone()),
+            keepalive: all.keepalive.in_room_of(make_room.clone()),
         }
     }
 }

@@ -21,6 +21,23 @@ fn a_signal_ends_an_idle_daemon_with_exit_code_0() {
     }
 }
 
+#[test]
+fn a_client_whose_head_is_awaited_at_shutdown_is_told_to_come_again() {
+    let mut daemon = Daemon::start(&["--shutdown-grace", "1m"]);
+    let mut stream = daemon.connect();
+    stream.write_all(b"GET /tunnel?port=1 HT").unwrap();
+    // By then it has been accepted.
+    assert_eq!(daemon.get("/health", &[]).status, 204);
+    daemon.signal(Signal::TERM);
+    let answer = Answer::read(&mut stream);
+    assert_eq!(answer.status, 503);
+    assert!(answer.message().starts_with("shutting down"));
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    let why = Some("tunneld; error=proxy_internal_error");
+    assert_eq!(answer.header("proxy-status"), why);
+    assert_eq!(daemon.exit().code(), Some(0));
+}
+
 /// The signals, each with another one.
 const PAIRS: [(Signal, Signal); 3] = [
     (Signal::HUP, Signal::TERM),
