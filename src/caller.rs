@@ -3,7 +3,7 @@
 //! A dial waits for others, up to its timeout. A client that is gone must not keep its slot, its thread or its turn at
 //! the resolver for so long: whoever sends requests and resets them would keep everybody else out.
 
-use std::net::{IpAddr, Ipv6Addr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
@@ -61,9 +61,10 @@ impl Caller<'_> {
     }
 
     /// Whose share of a bound this client has a part in: its address, or for IPv6 the network of 64 bits, all of
-    /// which a client may have.
+    /// which a client may have. All of loopback is one, as any program of this machine may connect from any of it.
     pub fn owner(&self) -> IpAddr {
         match self.peer.to_canonical() {
+            local if local.is_loopback() => Ipv4Addr::LOCALHOST.into(),
             IpAddr::V6(address) => {
                 let network = address.to_bits() >> 64 << 64;
                 Ipv6Addr::from_bits(network).into()
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv6_client_is_its_network() {
+    fn an_ipv6_client_is_its_network_and_a_local_one_all_of_loopback() {
         let (near, _far) = pair();
         let owner = |peer: &str| {
             let caller = Caller {
@@ -144,5 +145,8 @@ mod tests {
         assert_eq!(owner("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
         assert_eq!(owner("::ffff:192.0.2.1"), "192.0.2.1");
         assert_eq!(owner("192.0.2.1"), "192.0.2.1");
+        for local in ["127.0.0.1", "127.9.8.7", "::1", "::ffff:127.0.0.5"] {
+            assert_eq!(owner(local), "127.0.0.1", "{local}");
+        }
     }
 }

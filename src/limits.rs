@@ -48,17 +48,18 @@ impl Limits {
     /// When there are too few descriptors for a single connection.
     pub fn of_system(wanted: usize, listeners: usize) -> io::Result<Limits> {
         accept::raise_descriptors();
-        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let descriptors = descriptors();
         let threads = threads();
         let leaving = (descriptors.min(threads) / 16).clamp(2, MAX_LEAVING);
         let of_connections = descriptors.saturating_sub(listeners as u64);
-        let by_descriptors = enough_descriptors_for(of_connections, leaving);
+        let resolvers = resolvers_of(threads, descriptors);
+        let by_descriptors = enough_descriptors_for(of_connections, leaving, resolvers);
         if by_descriptors == 0 {
             return Err(io::Error::other(format!(
                 "{descriptors} descriptors are too few: raise RLIMIT_NOFILE (ulimit -n)"
             )));
         }
-        let by_threads = enough_threads_for(threads, leaving);
+        let by_threads = enough_threads_for(threads, leaving, resolvers);
         if by_descriptors.min(by_threads) < wanted {
             if by_descriptors <= by_threads {
                 log::warn!(
@@ -77,14 +78,16 @@ impl Limits {
     }
 }
 
-fn enough_descriptors_for(descriptors: u64, leaving: u64) -> usize {
-    saturated(descriptors.saturating_sub(DESCRIPTORS_ELSE + leaving * 5 / 2) / DESCRIPTORS_EACH)
+/// A look-up holds one, and may outlive its connection.
+fn enough_descriptors_for(descriptors: u64, leaving: u64, resolvers: usize) -> usize {
+    let aside = DESCRIPTORS_ELSE + leaving * 5 / 2 + resolvers as u64;
+    saturated(descriptors.saturating_sub(aside) / DESCRIPTORS_EACH)
 }
 
 /// At least one: a limit of threads is shared with other processes, so nobody can know that none is left.
-fn enough_threads_for(threads: u64, leaving: u64) -> usize {
+fn enough_threads_for(threads: u64, leaving: u64, resolvers: usize) -> usize {
     let idle = POOLS * share(threads, 32, 32) as u64;
-    let aside = THREADS_ELSE + leaving + idle + resolvers_of(threads) as u64;
+    let aside = THREADS_ELSE + leaving + idle + resolvers as u64;
     (saturated(threads.saturating_sub(aside)) / TUNNEL_THREADS).max(1)
 }
 
@@ -95,11 +98,12 @@ pub fn idle_threads() -> usize {
 
 /// The most threads that may be resolving names.
 pub fn resolver_threads() -> usize {
-    resolvers_of(threads())
+    resolvers_of(threads(), descriptors())
 }
 
-fn resolvers_of(threads: u64) -> usize {
-    share(threads, 8, 128).max(1)
+fn resolvers_of(threads: u64, descriptors: u64) -> usize {
+    let by_descriptors = share(descriptors, 16, 128);
+    share(threads, 8, 128).min(by_descriptors).max(1)
 }
 
 /// One of `parts` of `threads`, but `most` at most.
@@ -109,6 +113,10 @@ fn share(threads: u64, parts: u64, most: usize) -> usize {
 
 fn saturated(count: u64) -> usize {
     usize::try_from(count).unwrap_or(usize::MAX)
+}
+
+fn descriptors() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// How many threads this process may have, all that it has and its cgroup and its user have among them; as it was
@@ -213,14 +221,29 @@ mod tests {
 
     #[test]
     fn threads_are_kept_for_what_is_no_connection() {
-        assert!(enough_threads_for(u64::MAX, 128) > 1_000_000);
+        assert!(enough_threads_for(u64::MAX, 128, 128) > 1_000_000);
         for threads in [64, 300, 1000, 10_000] {
             let leaving = (threads / 16).clamp(2, MAX_LEAVING);
-            let connections = enough_threads_for(threads, leaving) as u64;
-            let held = TUNNEL_THREADS as u64 * connections + resolvers_of(threads) as u64 + leaving;
+            let resolvers = resolvers_of(threads, u64::MAX);
+            let connections = enough_threads_for(threads, leaving, resolvers) as u64;
+            let held = TUNNEL_THREADS as u64 * connections + resolvers as u64 + leaving;
             assert!(held + THREADS_ELSE <= threads, "{connections} of {threads}");
             assert!(connections >= threads / 8, "{connections} of {threads}");
         }
-        assert_eq!(enough_threads_for(4, 2), 1);
+        assert_eq!(enough_threads_for(4, 2, 1), 1);
+    }
+
+    #[test]
+    fn look_ups_leave_descriptors_to_connections() {
+        for (descriptors, resolvers, connections) in
+            [(32, 2, 1), (128, 8, 11), (1024, 64, 111), (4096, 128, 518)]
+        {
+            assert_eq!(resolvers_of(u64::MAX, descriptors), resolvers);
+            let leaving = (descriptors / 16).clamp(2, MAX_LEAVING);
+            let enough = enough_descriptors_for(descriptors, leaving, resolvers);
+            assert_eq!(enough, connections, "of {descriptors}");
+        }
+        assert_eq!(resolvers_of(64, 1024), 8);
+        assert_eq!(resolvers_of(1, 1), 1);
     }
 }
