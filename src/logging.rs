@@ -88,6 +88,7 @@ impl<'a> Line<'a> {
             line: String::with_capacity(256),
             format,
             separator: "",
+            pair_start: 0,
         };
         match format {
             Format::Text => self.write_text(&mut fields),
@@ -96,12 +97,22 @@ impl<'a> Line<'a> {
         fields.line
     }
 
-    /// Further lines of a message, such as a panic's, are indented, so that they can't be taken for others.
+    /// Further lines of a message, such as a panic's, are indented, so that they can't be taken for others. Those of
+    /// other crates may hold a peer's bytes.
     fn write_text(&self, fields: &mut Fields) {
         let time = humantime::format_rfc3339_seconds(self.time);
         let (level, module) = (self.level, self.module);
-        let message = self.message.replace('\n', "\n    ");
-        let _ = write!(fields.line, "[{time} {level:<5} {module}] {message}");
+        let _ = write!(fields.line, "[{time} {level:<5} {module}] ");
+        for character in self.message.chars() {
+            match character {
+                '\n' => fields.line.push_str("\n    "),
+                '\t' => fields.line.push('\t'),
+                _ if steers_a_terminal(character) => {
+                    fields.line.extend(character.escape_unicode());
+                }
+                _ => fields.line.push(character),
+            }
+        }
         fields.separator = ": ";
         let _ = self.fields.visit(fields);
         fields.line.push('\n');
@@ -121,19 +132,28 @@ impl<'a> Line<'a> {
     }
 }
 
+/// Whether it is a control character, is not seen, or changes the direction or the lines of what is.
+pub fn steers_a_terminal(character: char) -> bool {
+    let is_invisible_or_bidi = matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
+    character.is_control() || is_invisible_or_bidi
+}
+
 const NO_FIELDS: [(&str, Value<'static>); 0] = [];
 
 /// Appends fields to a line. A string that may hold anything is quoted in text, too, what is captured by `:%` or `:?`
-/// is not; a float is seconds.
+/// is not; a float is seconds. What is null is `-` in text and left out in JSON.
 struct Fields {
     line: String,
     format: Format,
     /// Before the next one.
     separator: &'static str,
+    /// Where in the line the last one begins.
+    pair_start: usize,
 }
 
 impl<'a> VisitSource<'a> for Fields {
     fn visit_pair(&mut self, key: Key<'a>, value: Value<'a>) -> Result<(), kv::Error> {
+        self.pair_start = self.line.len();
         let separator = self.separator;
         let _ = match self.format {
             Format::Text => write!(self.line, "{separator}{key}="),
@@ -152,6 +172,14 @@ impl VisitValue<'_> for Fields {
             Format::Text => write!(self.line, "{value}"),
             Format::Json => write!(self.line, "{}", json!(value.to_string())),
         };
+        Ok(())
+    }
+
+    fn visit_null(&mut self) -> Result<(), kv::Error> {
+        match self.format {
+            Format::Text => self.line.push('-'),
+            Format::Json => self.line.truncate(self.pair_start),
+        }
         Ok(())
     }
 
@@ -296,9 +324,22 @@ mod tests {
     }
 
     #[test]
+    fn a_field_without_a_value_is_a_dash_or_left_out() {
+        let fields = [("id", Value::null()), ("status", Value::from(503u64))];
+        let text = written(Format::Text, "refused", &fields);
+        assert!(text.ends_with(" refused: id=- status=503\n"), "{text}");
+        let json = written(Format::Json, "refused", &fields);
+        let rest = "\"message\":\"refused\",\"status\":503}\n";
+        assert!(json.ends_with(rest), "{json}");
+    }
+
+    #[test]
     fn a_line_is_one_line_or_indented() {
         let text = written(Format::Text, "one\ntwo", &[]);
         assert_eq!(text, "[1970-01-01T00:00:00Z INFO  tunneld] one\n    two\n");
+        let text = written(Format::Text, "\u{1b}[2J\r\u{9b}\u{202e}\tcaf\u{e9}", &[]);
+        let shown = "] \\u{1b}[2J\\u{d}\\u{9b}\\u{202e}\tcaf\u{e9}\n";
+        assert!(text.ends_with(shown), "{text}");
         let json = written(Format::Json, "one\ntwo\u{85}", &[]);
         assert_eq!(json.lines().count(), 1);
         let dropped = Line::of_dropped(2).written(Format::Text);

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::logging::steers_a_terminal;
+
 /// How many characters of what a server says are shown.
 const MAX_SHOWN: usize = 500;
 
@@ -63,7 +65,7 @@ impl Redactor {
                 shown.push_str(mask);
                 rest = &rest[length..];
             } else {
-                if character.is_control() || is_invisible_or_bidi(character) {
+                if steers_a_terminal(character) {
                     shown.extend(character.escape_unicode());
                 } else {
                     shown.push(character);
@@ -162,11 +164,6 @@ fn entity(text: &[u8]) -> Option<(u8, usize)> {
 
 fn number(digits: &[u8], radix: u32) -> Option<u8> {
     u8::from_str_radix(std::str::from_utf8(digits).ok()?, radix).ok()
-}
-
-/// Characters that are not seen, or that change the direction or the lines of what is.
-fn is_invisible_or_bidi(character: char) -> bool {
-    matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
 }
 
 #[cfg(test)]

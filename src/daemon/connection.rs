@@ -313,7 +313,7 @@ impl Context {
     /// A connection that was never served has no `id`.
     pub fn note_answer(&self, id: Option<u64>, peer: Peer, answer: &Answer) {
         let (status, reason) = (answer.status, answer.message.as_str());
-        let id = id.map_or_else(|| Value::from_display(&"-"), Value::from);
+        let id = id.map_or_else(Value::null, Value::from);
         if status < 400 {
             return log::debug!(id, peer:% = peer, status; "answered");
         }

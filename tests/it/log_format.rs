@@ -68,6 +68,20 @@ fn a_tunnel_and_a_refusal_are_objects_with_the_fields_of_the_text() {
 }
 
 #[test]
+fn a_connection_that_was_turned_away_has_no_number() {
+    let daemon = Daemon::start(&["--log-format", "json", "--max-connections", "1"]);
+    let target = Target::echo();
+    let _open = Client::open(&daemon, target.port);
+    assert_eq!(daemon.get("/health", &[]).status, 503);
+    let refused = daemon.logged(1, &["\"refused\""]);
+    assert!(!refused.contains("\"id\""), "{refused}");
+    let daemon = Daemon::start(&["--max-connections", "1"]);
+    let _open = Client::open(&daemon, target.port);
+    assert_eq!(daemon.get("/health", &[]).status, 503);
+    daemon.logged(1, &["refused: id=- peer=127.0.0.1:"]);
+}
+
+#[test]
 fn every_line_is_an_object_down_to_trace() {
     let mut command = Daemon::command(&[]);
     command
