@@ -63,7 +63,7 @@ impl Host {
 
     fn from_name(name: String) -> Option<Host> {
         let bare = name.strip_suffix('.').unwrap_or(&name);
-        if bare == "localhost" || bare.ends_with(".localhost") {
+        if is_localhost(bare) {
             return Some(Host::Localhost);
         }
         // RFC 1035 §2.3.4; underscores occur in the names of container networks.
@@ -79,6 +79,11 @@ impl Host {
 pub fn is_host(text: &str) -> bool {
     text.bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(&byte))
+}
+
+/// Whether a name, in lower case and without its last dot, is this machine's by itself (RFC 6761 §6.3).
+pub fn is_localhost(name: &str) -> bool {
+    name == "localhost" || name.ends_with(".localhost")
 }
 
 /// Parses a port as a decimal number from 1 to 65535. `str::parse` would take a plus sign.

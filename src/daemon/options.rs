@@ -100,7 +100,7 @@ struct Arguments {
     /// Web origin whose pages may open tunnels, such as https://app.example.com; repeatable
     ///
     /// When none is named, any origin may with a token, and without one none but that of the request's own Host.
-    #[arg(long, env = "TUNNELD_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', value_parser = Origin::parse, help_heading = ACCESS)]
+    #[arg(long, env = "TUNNELD_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', value_parser = Origin::of_option, help_heading = ACCESS)]
     allow_origin: Vec<Origin>,
 
     /// Name by which clients reach a daemon without a token, such as its service's; repeatable

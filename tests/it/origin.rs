@@ -25,6 +25,7 @@ fn an_open_daemon_takes_its_own_host_for_an_origin() {
         ("localhost:8080".into(), "http://localhost:8080".into()),
         ("localhost".into(), "https://localhost".into()),
         ("[::1]:49983".into(), "http://[::1]:49983".into()),
+        ("app.localhost:1".into(), "http://app.localhost:1".into()),
     ] {
         let head = upgrade(&host, target.port, &[&format!("Origin: {origin}")]);
         Client::upgrade(daemon.connect(), head.as_bytes());
@@ -117,7 +118,30 @@ fn with_a_token_and_named_origins_the_own_host_is_no_origin() {
     let daemon = Daemon::start_closed(&["--allow-origin", "https://app.example"]);
     let token = format!("X-Access-Token: {TOKEN}");
     let head = upgrade("localhost:1", 1, &["Origin: http://localhost:1", &token]);
-    assert_eq!(daemon.ask(head).status, 403);
+    let answer = daemon.ask(head);
+    assert_eq!(answer.status, 403);
+    assert!(answer.message().contains("without --allow-origin"));
+    assert!(!answer.message().contains("with a token"));
+}
+
+#[test]
+fn an_origin_that_no_page_can_have_is_no_option() {
+    for (text, advice) in [
+        ("wss://app.example", "https://app.example"),
+        ("https://*.example", "name each origin"),
+    ] {
+        let (code, message) = fails_to_start(Daemon::command(&["--allow-origin", text]));
+        assert_eq!(code, 2, "{text}");
+        assert!(
+            message.contains("--allow-origin") && message.contains(advice),
+            "{message}"
+        );
+    }
+    let extension = "chrome-extension://abcdefghijklmnopabcdefghijklmnop";
+    let daemon = Daemon::start(&["--allow-origin", extension]);
+    let target = Target::echo();
+    let head = upgrade("localhost", target.port, &[&format!("Origin: {extension}")]);
+    Client::upgrade(daemon.connect(), head.as_bytes());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use url::Url;
 
 use super::answer::quoted;
-use crate::target::Host;
+use crate::target::{Host, is_localhost};
 
 /// An origin as browsers send it: scheme, host and port (RFC 6454 §6.2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,21 +18,46 @@ impl Origin {
     /// Parses an origin given as an option, such as `https://app.example.com` or `http://localhost:3000`.
     ///
     /// # Errors
+    /// A sentence that says what an origin looks like, or why no page has this one.
+    pub fn of_option(text: &str) -> Result<Origin, String> {
+        let origin = Origin::parse(text);
+        let shown = origin.as_ref().map_or(text, |origin| &origin.0);
+        if shown.contains('*') {
+            return Err(
+                "there are no patterns: name each origin, or, with a token, none to allow any"
+                    .into(),
+            );
+        }
+        match shown.split_once("://") {
+            Some(("ws", rest)) => Err(format!("an origin is a page's: write http://{rest}")),
+            Some(("wss", rest)) => Err(format!("an origin is a page's: write https://{rest}")),
+            Some(("ftp", _)) => Err("no page is loaded by ftp: write http:// or https://".into()),
+            _ => origin,
+        }
+    }
+
+    /// Parses an origin as browsers send it. Those of extensions have schemes of their own.
+    ///
+    /// # Errors
     /// A sentence that says what an origin looks like.
-    pub fn parse(text: &str) -> Result<Origin, String> {
+    fn parse(text: &str) -> Result<Origin, String> {
         let wrong =
             || "an origin is scheme://host or scheme://host:port, without a path".to_owned();
         let url = Url::parse(text).map_err(|_| wrong())?;
-        let origin = url.origin();
         let bare = url.username().is_empty()
             && url.password().is_none()
             && url.path().trim_matches('/').is_empty()
             && url.query().is_none()
             && url.fragment().is_none();
-        if !origin.is_tuple() || !bare {
+        let host = url.host_str().filter(|host| !host.is_empty());
+        let (true, Some(host), false) = (bare, host, url.scheme() == "file") else {
             return Err(wrong());
-        }
-        Ok(Origin(origin.ascii_serialization()))
+        };
+        let scheme = url.scheme();
+        Ok(Origin(match url.port() {
+            Some(port) => format!("{scheme}://{host}:{port}"),
+            None => format!("{scheme}://{host}"),
+        }))
     }
 
     fn matches(&self, presented: &str) -> bool {
@@ -100,8 +125,13 @@ pub fn check_origin(
         [one] if allowed.iter().any(|origin| origin.matches(one)) => Ok(()),
         [one] if !has_token && own_host.is_some_and(|host| is_of(one, host)) => Ok(()),
         [one, ..] => Err(format!(
-            "origin {} may not use this daemon: start it with --allow-origin for that origin, or with a token",
-            quoted(one)
+            "origin {} may not use this daemon: start it with --allow-origin for that origin, {}",
+            quoted(one),
+            if has_token {
+                "or without --allow-origin, which lets any with the token"
+            } else {
+                "or with a token"
+            }
         )),
     }
 }
@@ -128,7 +158,7 @@ pub fn check_host(presented: Option<&str>, allowed: &[HostName]) -> Result<(), S
         .and_then(|name| name.strip_suffix(']'))
         .unwrap_or(name);
     let plain = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
-    if plain == "localhost"
+    if is_localhost(&plain)
         || bare.parse::<IpAddr>().is_ok()
         || allowed.iter().any(|allowed| allowed.matches(&plain))
     {
@@ -161,6 +191,8 @@ mod tests {
             "localhost",
             "LocalHost:49983",
             "localhost.",
+            "app.localhost:49983",
+            "a.B.LOCALHOST.",
             "127.0.0.1:1",
             "[::1]:49983",
             "[::1]",
@@ -171,6 +203,8 @@ mod tests {
         for host in [
             "evil.example",
             "localhost.evil.example:80",
+            "app.localhost.evil.example",
+            "app.xlocalhost",
             "",
             "127.0.0.1.evil.example",
             "[evil]",
@@ -260,6 +294,10 @@ mod tests {
         ] {
             assert!(!ok(origin), "{origin}");
         }
+        let extension = "chrome-extension://abcdefghijklmnopabcdefghijklmnop";
+        let extensions = [Origin::of_option(extension).unwrap()];
+        assert!(check_origin(&[extension], None, &extensions, false).is_ok());
+        assert!(check_origin(&["chrome-extension://b"], None, &extensions, false).is_err());
         assert!(check_origin(&["https://app.example.com"; 2], None, &allowed, true).is_err());
     }
 
@@ -274,9 +312,34 @@ mod tests {
             "https://a/\x7f",
             "null",
             "file:///x",
-            "*",
+            "file://x",
+            "data:x",
         ] {
-            assert!(Origin::parse(text).is_err(), "{text}");
+            assert!(Origin::of_option(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_option_that_no_page_can_match_says_what_to_write() {
+        for (text, advice) in [
+            ("wss://app.example.com", "write https://app.example.com"),
+            ("WS://localhost:3000/", "write http://localhost:3000"),
+            ("ftp://x", "write http:// or https://"),
+            ("*", "name each"),
+            ("https://*", "name each"),
+            ("https://*.example.com", "name each"),
+            ("https://%2a.example.com", "name each"),
+        ] {
+            let error = Origin::of_option(text).unwrap_err();
+            assert!(error.contains(advice), "{text}: {error}");
+        }
+        for (text, shown) in [
+            ("https://App.example.com:443", "https://app.example.com"),
+            ("http://[::1]:80/", "http://[::1]"),
+            ("http://b\u{fc}cher.example", "http://xn--bcher-kva.example"),
+            ("moz-extension://0a-1b", "moz-extension://0a-1b"),
+        ] {
+            assert_eq!(Origin::of_option(text), Ok(Origin(shown.into())));
         }
     }
 }
