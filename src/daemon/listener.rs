@@ -1,13 +1,15 @@
 //! Where the daemon is reached: its own TCP and Unix sockets, or those a service manager hands over.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
@@ -18,6 +20,9 @@ use crate::token::TOKEN_VARIABLE;
 
 /// What may connect to a Unix socket of ours: its owner and its group (unix(7): that takes the right to write).
 const MODE: u32 = 0o660;
+
+/// How long another daemon may take to make its socket in the same directory.
+const LOCK_LIMIT: Duration = Duration::from_secs(1);
 
 /// An address to listen on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,11 +89,10 @@ enum ListenSocket {
 /// In a sentence: when the daemon would be open beyond this machine without a word about it, an address is in use or
 /// not ours, or what was handed over is no listening stream socket.
 pub fn listen(addresses: &[ListenAddress], stays_here: bool) -> Result<Vec<Listener>, String> {
-    let inherited =
-        sd_listen_fds::get().map_err(|_| "LISTEN_PID or LISTEN_FDS is not a number: unset both")?;
+    let inherited = handed_over()?;
     let mut listeners = Vec::with_capacity(inherited.len().max(addresses.len()));
-    for (number, (_, fd)) in inherited.into_iter().enumerate() {
-        let listener = Listener::inherit(fd.into_std()).map_err(|error| {
+    for (number, fd) in inherited.into_iter().enumerate() {
+        let listener = Listener::inherit(fd).map_err(|error| {
             let fd = number + 3;
             format!("descriptor {fd} of LISTEN_FDS can't be listened on: {error}; hand over stream sockets that listen")
         })?;
@@ -109,6 +113,25 @@ pub fn listen(addresses: &[ListenAddress], stays_here: bool) -> Result<Vec<Liste
         .try_for_each(Listener::set_nonblocking)
         .map_err(|error| format!("cannot listen: {error}"))?;
     Ok(listeners)
+}
+
+/// The sockets of a service manager, if it has handed any to this process.
+fn handed_over() -> Result<Vec<OwnedFd>, String> {
+    let is_open = |fd: u64| fs::symlink_metadata(format!("/proc/self/fd/{fd}")).is_ok();
+    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+    let is_for_us = number("LISTEN_PID") == Some(std::process::id().into());
+    // A descriptor that is not open would end this process where it is made use of, and any number is taken at its word.
+    let count = number("LISTEN_FDS").filter(|_| is_for_us && is_open(0));
+    if let Some(missing) = (3..=count.unwrap_or(0).saturating_add(2)).find(|&fd| !is_open(fd)) {
+        return Err(format!(
+            "LISTEN_FDS={} is more than was handed over: descriptor {missing} is not open",
+            count.unwrap_or(0)
+        ));
+    }
+    let sockets = sd_listen_fds::get()
+        .map_err(|_| "LISTEN_PID or LISTEN_FDS is not a number: unset both")?
+        .into_iter();
+    Ok(sockets.map(|(_, fd)| fd.into_std()).collect())
 }
 
 /// Running without a token must be either harmless (this machine) or said out loud.
@@ -220,6 +243,7 @@ struct SocketFile {
 /// Its permissions are set before it listens, so that nobody else gets in meanwhile.
 fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let address = SockAddr::unix(path)?;
+    let _alone = lock_directory_of(path);
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     if let Err(error) = socket.bind(&address) {
         if error.kind() != ErrorKind::AddrInUse {
@@ -232,6 +256,18 @@ fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
     socket.listen(BACKLOG)?;
     Ok((OwnedFd::from(socket).into(), file))
+}
+
+/// A socket that is bound and does not listen yet looks dead to another daemon, which waits as long as this is held.
+/// Somebody else's lock is nothing to wait for, and without one only daemons that start at the same moment can collide.
+fn lock_directory_of(path: &Path) -> Option<File> {
+    let named = path.parent().filter(|parent| *parent != Path::new(""));
+    let directory = File::open(named.unwrap_or(Path::new("."))).ok()?;
+    let deadline = Instant::now() + LOCK_LIMIT;
+    while directory.try_lock().is_err() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(5));
+    }
+    Some(directory)
 }
 
 /// Removes the socket of a daemon that was killed, and nothing else.
@@ -274,6 +310,26 @@ fn device_and_inode(path: &Path) -> io::Result<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_daemons_that_start_at_once_one_has_the_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        for _ in 0..20 {
+            // One that was killed has left it.
+            drop(UnixListener::bind(&path).unwrap());
+            let starting: Vec<_> = (0..4)
+                .map(|_| path.clone())
+                .map(|path| thread::spawn(move || bind_unix(&path)))
+                .collect();
+            let bound: Vec<_> = starting
+                .into_iter()
+                .filter_map(|starting| starting.join().unwrap().ok())
+                .collect();
+            assert_eq!(bound.len(), 1);
+            std::os::unix::net::UnixStream::connect(&path).unwrap();
+        }
+    }
 
     #[test]
     fn an_address_is_of_tcp_or_a_path() {

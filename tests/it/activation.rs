@@ -119,6 +119,22 @@ fn what_is_no_listening_stream_socket_is_refused() {
 }
 
 #[test]
+fn a_number_of_sockets_that_was_not_handed_over_is_refused() {
+    for count in ["9", "999999999", "4294967295", "18446744073709551616"] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let command = handed(
+            &Daemon::bare_command(&[]),
+            listener.into(),
+            nothing(),
+            count,
+        );
+        let (code, message) = fails_to_start(command);
+        assert_eq!(code, 2, "{message}");
+        assert!(message.contains("LISTEN_FDS"), "{message}");
+    }
+}
+
+#[test]
 fn what_was_meant_for_another_process_is_left_alone() {
     let mut command = Daemon::command(&[]);
     command.env("LISTEN_PID", "1").env("LISTEN_FDS", "1");
