@@ -274,7 +274,7 @@ impl Hosts {
 }
 
 /// A network of IPv4-mapped addresses is the IPv4 network.
-fn canonical_network(network: IpNet) -> IpNet {
+pub fn canonical_network(network: IpNet) -> IpNet {
     match network {
         IpNet::V6(mapped) if mapped.prefix_len() >= 96 => {
             let inner = mapped.addr().to_ipv4_mapped();

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::Request;
 use crate::daemon::peer::Peer;
+use crate::policy::canonical_network;
 
 /// Proxies whose word is taken: `--trust-forwarded`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +31,7 @@ impl Trusted {
         let address = text.parse().map(|address: IpAddr| address.into());
         let network = address.or_else(|_| text.parse().map(|network: IpNet| network.trunc()));
         network
-            .map(Trusted::Network)
+            .map(|network| Trusted::Network(canonical_network(network)))
             .map_err(|_| "write a network such as 10.0.0.0/8, an address, or unix".into())
     }
 
@@ -165,10 +166,11 @@ mod tests {
         assert_eq!(client_of(PROXY, &two, &["10.0.0.0/8"]), "192.0.2.7");
         assert_eq!(client_of("unix", &two, &["unix", "10.9.9.9"]), "192.0.2.7");
         assert_eq!(client_of("unix", &two, &["10.0.0.0/8"]), "unix");
-        assert_eq!(
-            client_of("[::ffff:10.0.0.1]:5", &two[..1], &["10.0.0.1"]),
-            "192.0.2.7"
-        );
+        for peer in [PROXY, "[::ffff:10.0.0.1]:5"] {
+            for trusted in ["10.0.0.1", "::ffff:10.0.0.1", "::ffff:10.0.0.0/104"] {
+                assert_eq!(client_of(peer, &two[..1], &[trusted]), "192.0.2.7");
+            }
+        }
     }
 
     #[test]
