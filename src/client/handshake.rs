@@ -9,7 +9,7 @@ use url::Url;
 
 use super::answer::{Head, NoAnswer, read_head};
 use super::deadline::Until;
-use super::failure::{Alert, Failure, Kind};
+use super::failure::{Alert, Failure, Kind, Reason};
 use super::forward::Destination;
 use super::options::Config;
 use super::proxy::Proxy;
@@ -83,13 +83,10 @@ pub fn check(config: &Config) -> Result<(), Failure> {
     }
     let refusal = asked.refusal(&head, server);
     match refusal.kind {
-        Kind::Answered(400) if refusal.sentence.contains(NO_TARGET) => Ok(()),
+        Kind::Answered(400, Some(Reason::NoTarget)) => Ok(()),
         _ => Err(refusal),
     }
 }
-
-/// What a tunneld says of a request that names no target.
-const NO_TARGET: &str = "parameter port is missing";
 
 /// A server that has been asked.
 struct Asked {
@@ -164,10 +161,7 @@ impl Asked {
                 .into();
         }
         let stream = Until::new(&self.socket, self.deadline);
-        Failure {
-            sentence: refusal::read(head, stream, self.received, server, &self.redactor),
-            kind: Kind::Answered(head.status),
-        }
+        refusal::read(head, stream, self.received, server, &self.redactor)
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::answer::Head;
 use super::deadline::Until;
+use super::failure::{Failure, Kind, Reason};
 use super::redactor::Redactor;
 use super::server::Server;
 
@@ -14,22 +15,27 @@ const MAX_BODY: usize = 64 * 1024;
 /// How long the body may take once the head is there.
 const BODY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Reads the body behind `head`, of which `received` has come already, and says in a sentence what the answer says.
+/// Reads the body behind `head`, of which `received` has come already, and tells of the failure that the answer is.
 pub fn read(
     head: &Head,
     stream: Until<'_>,
     received: Vec<u8>,
     server: &Server,
     redactor: &Redactor,
-) -> String {
+) -> Failure {
     let status = head.status;
+    let failure = |sentence: String, reason| Failure {
+        sentence,
+        kind: Kind::Answered(status, reason),
+    };
     if let (301..=303 | 307 | 308, Some(location)) = (status, head.values("Location").next()) {
         let to = redactor.printable(location);
         let advice = match secure(location, server) {
             Some(url) => format!("use {}", redactor.printable(&url)),
             None => "redirects are not followed, use the daemon's own URL".into(),
         };
-        return format!("refused with {status}: a redirect to {to}; {advice}");
+        let sentence = format!("refused with {status}: a redirect to {to}; {advice}");
+        return failure(sentence, None);
     }
     let stream = stream.no_later_than(Instant::now() + BODY_TIMEOUT);
     let body = read_body(head, stream, received);
@@ -38,16 +44,18 @@ pub fn read(
         let kind = kind.split(';').next().unwrap_or_default().trim();
         kind.eq_ignore_ascii_case("text/html")
     });
-    let said = redactor.printable(&message(body.trim(), is_html));
+    let message = message(body.trim(), is_html);
+    let said = redactor.printable(&message);
     let refused = match status {
         200..=299 => "answered without an upgrade, with",
         _ => "refused with",
     };
-    match redactor.printable(&head.reason) {
+    let sentence = match redactor.printable(&head.reason) {
         _ if !said.is_empty() => format!("{refused} {status}: {said}"),
         reason if reason.is_empty() => format!("{refused} {status}"),
         reason => format!("{refused} {status} {reason}"),
-    }
+    };
+    failure(sentence, Reason::find(&message))
 }
 
 /// The URL to use instead of an unencrypted one, if `location` is on the same host and encrypted.

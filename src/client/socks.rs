@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt;
 
 use super::deadline::Until;
-use super::failure::{Failure, Kind};
+use super::failure::{Failure, Kind, Reason};
 use super::forward::Destination;
 use crate::target::{Host, Target};
 
@@ -212,18 +212,18 @@ fn reply(code: Reply) -> [u8; 10] {
 }
 
 impl Reply {
-    /// The daemon has no other form than its sentence for why it can't reach a target; its words are those of
-    /// [`crate::dial::DialError`].
     fn of(why: &Failure) -> Reply {
-        let says = |words: &str| why.sentence.contains(words);
-        match why.kind {
-            Kind::Answered(403) => Reply::NotAllowed,
-            Kind::Answered(502) if says("does not resolve") => Reply::HostUnreachable,
-            Kind::Answered(502) if says("Connection refused") => Reply::ConnectionRefused,
-            Kind::Answered(502) if says("Network is unreachable") => Reply::NetworkUnreachable,
-            Kind::Answered(502) if says("No route to host") => Reply::HostUnreachable,
-            Kind::Answered(502) if says("timed out while connecting") => Reply::TimedOut,
-            Kind::Answered(502 | 503) if says("timed out") => Reply::HostUnreachable,
+        let Kind::Answered(status, reason) = why.kind else {
+            return Reply::Failed;
+        };
+        match (status, reason) {
+            (403, _) => Reply::NotAllowed,
+            (502, Some(Reason::DoesNotResolve)) => Reply::HostUnreachable,
+            (502, Some(Reason::ConnectionRefused)) => Reply::ConnectionRefused,
+            (502, Some(Reason::NetworkUnreachable)) => Reply::NetworkUnreachable,
+            (502, Some(Reason::NoRoute)) => Reply::HostUnreachable,
+            (502, Some(Reason::TimedOutConnecting)) => Reply::TimedOut,
+            (502 | 503, Some(Reason::TimedOutBefore)) => Reply::HostUnreachable,
             _ => Reply::Failed,
         }
     }
@@ -518,7 +518,7 @@ mod tests {
         ] {
             let failure = Failure {
                 sentence: sentence.into(),
-                kind: Kind::Answered(status),
+                kind: Kind::Answered(status, Reason::find(sentence)),
             };
             assert_eq!(Reply::of(&failure) as u8, code, "{sentence}");
         }

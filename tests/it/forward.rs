@@ -275,6 +275,22 @@ fn a_wrong_token_or_path_is_told_at_the_start_and_no_target_is_dialed() {
     );
 }
 
+/// What is masked when it is shown decides nothing.
+#[test]
+fn a_secret_that_shares_words_with_the_daemon_hides_no_answer() {
+    let mut command = Daemon::command(&[]);
+    command.env("TUNNELD_ACCESS_TOKEN", "dev-parameter-7");
+    let daemon = Daemon::spawn(command);
+    let url = format!("ws://{}", daemon.address);
+    for header in ["X-Config: parameter-store", "X-Note: port is missing"] {
+        let mut command = Connect::command(&url, &["-L", "127.0.0.1:0:80", "-H", header]);
+        command.env("TUNNELD_ACCESS_TOKEN", "dev-parameter-7");
+        let client = Connect::spawn(command);
+        client.address();
+        assert!(!client.log().contains("WARN"), "{}", client.log());
+    }
+}
+
 #[test]
 fn a_daemon_that_is_not_there_yet_is_a_warning() {
     let closed = closed_port();

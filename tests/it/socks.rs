@@ -112,6 +112,18 @@ fn the_daemons_refusal_becomes_the_code_of_the_reply() {
 }
 
 #[test]
+fn a_header_that_shares_words_with_the_daemon_changes_no_code() {
+    let daemon = Daemon::start(&[]);
+    let header = "X-Note: Connection pool, does not work";
+    let client = Connect::with(&daemon, &["-D", "127.0.0.1:0", "-H", header]);
+    let closed = closed_port();
+    assert_eq!(ask(&client, &request("localhost", closed.port)).1, 5);
+    assert_eq!(ask(&client, &request("no-such-name.invalid", 80)).1, 4);
+    // It is masked all the same.
+    client.logged("(a header's value)");
+}
+
+#[test]
 fn an_unreachable_daemon_is_a_failure_of_the_reply() {
     let daemon = Daemon::start(&[]);
     let client = socks(&daemon);
