@@ -3,7 +3,8 @@
 //! getaddrinfo has no timeout: at a name server that hangs it takes from ten seconds to minutes. So it runs on a thread
 //! that may outlive the dial it is for, and the threads are bounded. A look-up that gets none waits for its turn, in
 //! order, until its own deadline; and no client has more than a share of them, so that one client's names, and those it
-//! has given up meanwhile, keep nobody else's from being resolved.
+//! has given up meanwhile, keep nobody else's from being resolved. `tunneld connect`, which has no clients of that kind,
+//! may use all of them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -62,7 +63,7 @@ fn look_up(name: &str, port: u16) -> Found {
     (name, port).to_socket_addrs().map(Iterator::collect)
 }
 
-/// Whose share a look-up is part of.
+/// Whose share a look-up is part of. `None` is this process itself, whose share is the whole.
 type Owner = Option<IpAddr>;
 
 type Found = io::Result<Vec<SocketAddr>>;
@@ -212,8 +213,10 @@ impl Table {
             return false;
         }
         let share = self.shares.entry(owner).or_default();
-        let has_room = share.threads < (max_threads / OWNERS).max(1)
-            && share.awaited < (max_threads / AWAITED).max(1);
+        // This process itself has nobody to leave any to.
+        let has_room = owner.is_none()
+            || share.threads < (max_threads / OWNERS).max(1)
+                && share.awaited < (max_threads / AWAITED).max(1);
         if has_room {
             self.threads += 1;
             share.threads += 1;
@@ -300,15 +303,24 @@ mod tests {
         far: TcpStream,
         deadline: Instant,
     ) -> Sender<()> {
+        hang_for(resolver, Some((peer, far)), deadline)
+    }
+
+    /// The same for a client, or for this process itself.
+    fn hang_for(
+        resolver: &'static Resolver,
+        client: Option<(IpAddr, TcpStream)>,
+        deadline: Instant,
+    ) -> Sender<()> {
         let (end, ended) = channel::<()>();
         let (begin, begun) = channel();
         thread::spawn(move || {
-            let caller = Caller {
-                client: &far,
-                peer,
+            let caller = client.as_ref().map(|(peer, far)| Caller {
+                client: far,
+                peer: *peer,
                 has_sent_more: false,
-            };
-            let _ = resolver.look_up(deadline, Some(&caller), move || {
+            });
+            let _ = resolver.look_up(deadline, caller.as_ref(), move || {
                 begin.send(()).unwrap();
                 let _ = ended.recv();
                 Ok(Vec::new())
@@ -390,6 +402,20 @@ mod tests {
         settled(resolver, 0, 0);
         assert!(lock(&resolver.table).shares.is_empty());
         try_for(resolver, peer, &far, LONG).unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_process_that_looks_up_for_itself_may_use_every_thread() {
+        let resolver = resolver(16);
+        let deadline = Instant::now() + LONG;
+        let mut hanging: Vec<_> = (0..16)
+            .map(|_| hang_for(resolver, None, deadline))
+            .collect();
+        let try_for = |limit| resolver.look_up(Instant::now() + limit, None, || Ok(Vec::new()));
+        let next = try_for(Duration::from_millis(50));
+        assert!(matches!(next, Err(DialError::ResolverBusy)), "{next:?}");
+        hanging.pop();
+        try_for(LONG).unwrap().unwrap();
     }
 
     #[test]
