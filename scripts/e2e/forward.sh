@@ -89,7 +89,10 @@ proxy_http() {
             expect "$work/out" "in its URL" || expect "$work/out" "into the URL" || return
     done
     connect "$outside" -L 0:1 --proxy "http://127.0.0.1:$proxy_port" </dev/null 2>"$work/out"
-    [ $? -eq 1 ] && expect "$work/out" 407
+    [ $? -eq 1 ] && expect "$work/out" 407 || return
+    # What it says of a daemon that is not there.
+    connect "ws://$(hostname):1" -W 1 --proxy "$proxy" --wait 1s </dev/null 2>"$work/out"
+    [ $? -eq 1 ] && expect "$work/out" "with 500" && expect "$work/out" "tried again for"
 }
 
 proxy_socks() { # ssh's own

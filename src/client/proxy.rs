@@ -202,7 +202,8 @@ impl Proxy {
         let sentence = format!("{self} refused to connect to {to} with {status} {reason}");
         let sentence = format!("{}{advice}", sentence.trim_end());
         match status {
-            502..=504 => Failure::not_there(sentence),
+            // tinyproxy says 500 of a target that refuses, and of a name that does not resolve.
+            500 | 502..=504 => Failure::not_there(sentence),
             _ => sentence.into(),
         }
     }

@@ -304,10 +304,29 @@ fn at_the_start_a_proxy_that_refuses_for_good_is_an_error_and_one_that_does_not_
         Connect::spawn(Connect::command("ws://box.example", &options))
     };
     start(REFUSAL).broke("407");
-    let client = start("HTTP/1.1 503 Service Unavailable\r\n\r\n");
-    client.logged("the daemon is not there yet: the proxy");
-    client.logged("connecting to box.example:80 through the proxy");
-    client.address();
+    // tinyproxy says 500.
+    for refusal in [
+        "HTTP/1.1 503 Service Unavailable\r\n\r\n",
+        "HTTP/1.0 500 Unable to connect\r\n\r\n",
+    ] {
+        let client = start(refusal);
+        client.logged("the daemon is not there yet: the proxy");
+        client.logged("connecting to box.example:80 through the proxy");
+        client.address();
+    }
+}
+
+#[test]
+fn a_proxy_that_does_not_reach_the_daemon_yet_is_asked_again() {
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    let proxy = Proxy::http(nowhere, "never", "HTTP/1.0 500 Unable to connect\r\n\r\n");
+    let mut command = through(&format!("http://{}", proxy.address), 1);
+    command.args(["--wait", "1h"]);
+    let client = Connect::spawn(command);
+    client.logged("trying again for 1h: the proxy");
+    within(LIMIT, "it is asked again", || {
+        (proxy.asked().len() > 2).then_some(())
+    });
 }
 
 /// The proxy may be anywhere, whatever the daemon's name is.
