@@ -191,13 +191,19 @@ impl Proxy {
     fn refused(&self, head: &Head, to: &Target, redactor: &Redactor) -> Failure {
         let status = head.status;
         let reason = redactor.printable(&head.reason);
-        let advice = match (status, &self.credentials) {
-            // Some say 401.
-            (401 | 407, None) => {
-                "; put its user and password into the URL: http://USER:PASSWORD@HOST:PORT"
+        // Some say 401.
+        let advice = match (status, other_schemes(head), &self.credentials) {
+            (401 | 407, Some(schemes), _) => {
+                let schemes = redactor.printable(&schemes);
+                format!(
+                    "; it wants {schemes}, and only Basic is supported: go through a local proxy that does the rest, as cntlm does for NTLM"
+                )
             }
-            (401 | 407, Some(_)) => "; check the user and the password in its URL",
-            _ => "",
+            (401 | 407, None, None) => {
+                "; put its user and password into the URL: http://USER:PASSWORD@HOST:PORT".into()
+            }
+            (401 | 407, None, Some(_)) => "; check the user and the password in its URL".into(),
+            _ => String::new(),
         };
         let sentence = format!("{self} refused to connect to {to} with {status} {reason}");
         let sentence = format!("{}{advice}", sentence.trim_end());
@@ -228,6 +234,32 @@ impl Proxy {
     fn is_late(&self) -> String {
         format!("no answer from {self} within --dial-timeout: raise it if the proxy is only slow")
     }
+}
+
+/// What a proxy wants to be authenticated by, if it says so and none of it is Basic: "NTLM or Negotiate".
+fn other_schemes(head: &Head) -> Option<String> {
+    let values = ["Proxy-Authenticate", "WWW-Authenticate"];
+    let values = values.into_iter().flat_map(|name| head.values(name));
+    let mut schemes: Vec<_> = values.flat_map(schemes_in).collect();
+    schemes.dedup();
+    let has_basic = schemes.iter().any(|it| it.eq_ignore_ascii_case("Basic"));
+    (!schemes.is_empty() && !has_basic).then(|| schemes.join(" or "))
+}
+
+/// The schemes of a list of challenges, whose parameters are set off by commas as well (RFC 9110 §11.6.1): `name=value`,
+/// while a scheme stands alone or before a blank.
+fn schemes_in(value: &str) -> Vec<&str> {
+    let mut is_quoted = false;
+    let parts = value.split(|character| {
+        is_quoted ^= character == '"';
+        character == ',' && !is_quoted
+    });
+    let schemes = parts.filter_map(|part| {
+        let (scheme, rest) = part.trim().split_once(' ').unwrap_or((part.trim(), ""));
+        let is_parameter = scheme.contains('=') || rest.trim_start().starts_with('=');
+        (!scheme.is_empty() && !is_parameter).then_some(scheme)
+    });
+    schemes.collect()
 }
 
 /// As in a sentence.
@@ -447,6 +479,24 @@ mod tests {
         ] {
             let parsed = Host::parse(host).unwrap();
             assert_eq!(bypasses(list, &parsed, 80), is_direct, "{list} {host}");
+        }
+    }
+
+    #[test]
+    fn the_schemes_of_a_proxy_are_told_from_their_parameters() {
+        for (value, schemes) in [
+            ("Negotiate", &["Negotiate"][..]),
+            ("Negotiate, NTLM", &["Negotiate", "NTLM"]),
+            ("NTLM TlRMTVNTUAACAA==", &["NTLM"]),
+            (r#"Basic realm="a, b", charset="UTF-8""#, &["Basic"]),
+            (
+                r#"Digest realm = "x", nonce="y=,",Basic realm=z"#,
+                &["Digest", "Basic"],
+            ),
+            ("", &[]),
+            (" , \"", &["\""]),
+        ] {
+            assert_eq!(schemes_in(value), schemes, "{value}");
         }
     }
 

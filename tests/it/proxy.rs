@@ -228,6 +228,15 @@ fn a_refusal_of_the_proxys_is_told_as_the_proxys() {
         with_password,
         &format!("{refused}407 Proxy Authentication Required; check the user"),
     );
+    let other_ways =
+        "HTTP/1.1 407 x\r\nProxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM\r\n\r\n";
+    for scheme in ["http://", with_password] {
+        of(
+            &http(other_ways),
+            scheme,
+            &format!("{refused}407 x; it wants Negotiate or NTLM, and only Basic is supported: "),
+        );
+    }
     let echo = "HTTP/1.1 403 user:s3cret dXNlcjpzM2NyZXQ=\r\n\r\n";
     of(
         &http(echo),
