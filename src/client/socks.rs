@@ -13,6 +13,8 @@ use super::forward::Destination;
 use crate::target::{Host, Target};
 
 const VERSION: u8 = 5;
+/// RFC 1929 §2.
+const VERSION_OF_PASSWORDS: u8 = 1;
 const NO_AUTHENTICATION: u8 = 0;
 const USER_AND_PASSWORD: u8 = 2;
 const NO_METHOD: u8 = 0xff;
@@ -303,7 +305,10 @@ pub fn connect(
         }
     }
     stream.write_all(&connect_request(to))?;
-    let [_, code, _, kind] = take(stream)?;
+    let [version, code, _, kind] = take(stream)?;
+    if version != VERSION {
+        return Err(NO_SOCKS5);
+    }
     if code != Reply::Succeeded as u8 {
         return Err(refused_with(code));
     }
@@ -319,22 +324,27 @@ pub fn connect(
     Ok(())
 }
 
+/// It began as one.
+const NO_SOCKS5: NotConnected =
+    NotConnected::Is("is no SOCKS5 proxy: its answer is of another protocol or version");
+
 /// RFC 1929.
 fn authenticate(
     stream: &mut (impl Read + Write),
     credentials: &Credentials,
 ) -> Result<(), NotConnected> {
-    let mut bytes = vec![1];
+    let mut bytes = vec![VERSION_OF_PASSWORDS];
     for part in [&credentials.user, &credentials.password] {
         bytes.push(u8::try_from(part.len()).unwrap_or(u8::MAX));
         bytes.extend(part);
     }
     stream.write_all(&bytes)?;
     match take(stream)? {
-        [_, 0] => Ok(()),
-        [_, _] => Err(NotConnected::Is(
+        [VERSION_OF_PASSWORDS, 0] => Ok(()),
+        [VERSION_OF_PASSWORDS, _] => Err(NotConnected::Is(
             "refused the user and the password of its URL: check them",
         )),
+        _ => Err(NO_SOCKS5),
     }
 }
 
@@ -483,6 +493,49 @@ mod tests {
             b"\x05\x01\x00\x05\x01\x00\x03\x05ab",
         ] {
             assert!(matches!(asked(cut).0, Err(Wrong::Silent)), "{cut:?}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_whose_answers_change_their_protocol_is_no_socks5_proxy() {
+        let to = Target {
+            host: Host::Localhost,
+            port: 80,
+        };
+        let credentials = Credentials {
+            user: b"user".into(),
+            password: b"s3cret".into(),
+        };
+        for (answers, is_connected) in [
+            (
+                &b"\x05\x00\x05\x00\x00\x01\x7f\x00\x00\x01\x00\x50"[..],
+                true,
+            ),
+            (
+                b"\x05\x02\x01\x00\x05\x00\x00\x01\x7f\x00\x00\x01\x00\x50",
+                true,
+            ),
+            // SOCKS4 agrees.
+            (b"\x05\x00\x00\x5a\x00\x50\x7f\x00\x00\x01", false),
+            (
+                b"\x05\x02\x05\x00\x05\x00\x00\x01\x7f\x00\x00\x01\x00\x50",
+                false,
+            ),
+        ] {
+            let mut proxy = Sent {
+                bytes: Cursor::new(answers.to_vec()),
+                answered: Vec::new(),
+            };
+            match connect(&mut proxy, &to, Some(&credentials)) {
+                Ok(()) => assert!(is_connected, "{answers:?}"),
+                Err(NotConnected::Is(what)) => {
+                    assert!(
+                        !is_connected && what.starts_with("is no SOCKS5 proxy"),
+                        "{what}"
+                    );
+                }
+                Err(other) => panic!("{other:?}"),
+            }
         }
     }
 
