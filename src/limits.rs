@@ -1,4 +1,4 @@
-//! How much of the system a daemon may use: descriptors and threads, and how many connections they are enough for.
+//! How much of the system a process may use: descriptors and threads, and how many connections they are enough for.
 
 use std::fs;
 use std::io;
@@ -7,14 +7,35 @@ use std::sync::OnceLock;
 
 use rustix::process::{Resource, getrlimit, getuid};
 
-use crate::accept;
+/// The most descriptors and threads that a connection holds at once.
+#[derive(Debug, Clone, Copy)]
+struct Needs {
+    descriptors: u64,
+    threads: usize,
+}
 
-/// The most descriptors a connection holds at once: its own and those of up to six attempts to connect. A tunnel
-/// needs fewer: two sockets, a pipe, and two that wake its threads.
-const DESCRIPTORS_EACH: u64 = 7;
+/// A connection to the daemon: its own descriptor and those of up to six attempts to connect. A tunnel needs fewer: two
+/// sockets, a pipe, and two that wake its threads.
+const OF_DAEMON: Needs = Needs {
+    descriptors: 7,
+    threads: TUNNEL_THREADS,
+};
+
+/// A connection to a local port of the client: two sockets and two that wake its threads. Attempts to connect hold more,
+/// but for a moment, and pipes are made only where there are descriptors for them.
+const OF_CLIENT: Needs = Needs {
+    descriptors: 4,
+    threads: TUNNEL_THREADS,
+};
+
+/// The same under TLS, which has a pair of sockets and a thread between the two.
+const OF_CLIENT_WITH_TLS: Needs = Needs {
+    descriptors: 6,
+    threads: TUNNEL_THREADS + 1,
+};
 
 /// Descriptors for what is neither a connection nor listens: the standard streams, what wakes threads, what signals
-/// come through, and the connection to tiny_http.
+/// come through, and the connection to tiny_http, or a client's attempts to connect.
 const DESCRIPTORS_ELSE: u64 = 17;
 
 /// A tunnel's threads. Any other connection has one.
@@ -41,54 +62,70 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Raises the soft limit of descriptors to the hard one, and lowers `wanted` connections, with a warning, to what
-    /// descriptors and threads allow, beside so many `listeners`: tiny_http must never run out of them.
+    /// Lowers `wanted` connections to the daemon, with a warning, to what descriptors and threads allow, beside so many
+    /// `listeners`: tiny_http must never run out of them.
     ///
     /// # Errors
     /// When there are too few descriptors for a single connection.
-    pub fn of_system(wanted: usize, listeners: usize) -> io::Result<Limits> {
-        accept::raise_descriptors();
-        let descriptors = descriptors();
-        let threads = threads();
-        let leaving = (descriptors.min(threads) / 16).clamp(2, MAX_LEAVING);
-        let of_connections = descriptors.saturating_sub(listeners as u64);
-        let resolvers = resolvers_of(threads, descriptors);
-        let by_descriptors = enough_descriptors_for(of_connections, leaving, resolvers);
-        if by_descriptors == 0 {
-            return Err(io::Error::other(format!(
-                "{descriptors} descriptors are too few: raise RLIMIT_NOFILE (ulimit -n)"
-            )));
-        }
-        let by_threads = enough_threads_for(threads, leaving, resolvers);
-        if by_descriptors.min(by_threads) < wanted {
-            if by_descriptors <= by_threads {
-                log::warn!(
-                    "{descriptors} descriptors allow {by_descriptors} connections instead of {wanted}: raise RLIMIT_NOFILE (ulimit -n) for more"
-                );
-            } else {
-                log::warn!(
-                    "{threads} threads allow {by_threads} connections instead of {wanted}: raise RLIMIT_NPROC (ulimit -u) or the cgroup's pids.max for more"
-                );
-            }
-        }
+    pub fn of_daemon(wanted: usize, listeners: usize) -> io::Result<Limits> {
+        let leaving = (descriptors().min(threads()) / 16).clamp(2, MAX_LEAVING);
         Ok(Limits {
-            connections: wanted.min(by_descriptors).min(by_threads),
+            connections: allowed(wanted, listeners, leaving, OF_DAEMON)?,
             leaving: leaving as usize,
         })
     }
 }
 
+/// Lowers `wanted` connections to the client's local ports, with a warning, to what descriptors and threads allow, beside
+/// so many `listeners`.
+///
+/// # Errors
+/// When there are too few descriptors for a single connection.
+pub fn of_client(wanted: usize, listeners: usize, is_tls: bool) -> io::Result<usize> {
+    let each = if is_tls {
+        OF_CLIENT_WITH_TLS
+    } else {
+        OF_CLIENT
+    };
+    allowed(wanted, listeners, 0, each)
+}
+
+fn allowed(wanted: usize, listeners: usize, leaving: u64, each: Needs) -> io::Result<usize> {
+    let (descriptors, threads) = (descriptors(), threads());
+    let resolvers = resolvers_of(threads, descriptors);
+    let of_connections = descriptors.saturating_sub(listeners as u64);
+    let by_descriptors = enough_descriptors_for(of_connections, leaving, resolvers, each);
+    if by_descriptors == 0 {
+        return Err(io::Error::other(format!(
+            "{descriptors} descriptors are too few: raise RLIMIT_NOFILE (ulimit -n)"
+        )));
+    }
+    let by_threads = enough_threads_for(threads, leaving, resolvers, each);
+    if by_descriptors.min(by_threads) < wanted {
+        if by_descriptors <= by_threads {
+            log::warn!(
+                "{descriptors} descriptors allow {by_descriptors} connections instead of {wanted}: raise RLIMIT_NOFILE (ulimit -n) for more"
+            );
+        } else {
+            log::warn!(
+                "{threads} threads allow {by_threads} connections instead of {wanted}: raise RLIMIT_NPROC (ulimit -u) or the cgroup's pids.max for more"
+            );
+        }
+    }
+    Ok(wanted.min(by_descriptors).min(by_threads))
+}
+
 /// A look-up holds one, and may outlive its connection.
-fn enough_descriptors_for(descriptors: u64, leaving: u64, resolvers: usize) -> usize {
+fn enough_descriptors_for(descriptors: u64, leaving: u64, resolvers: usize, each: Needs) -> usize {
     let aside = DESCRIPTORS_ELSE + leaving * 5 / 2 + resolvers as u64;
-    saturated(descriptors.saturating_sub(aside) / DESCRIPTORS_EACH)
+    saturated(descriptors.saturating_sub(aside) / each.descriptors)
 }
 
 /// At least one: a limit of threads is shared with other processes, so nobody can know that none is left.
-fn enough_threads_for(threads: u64, leaving: u64, resolvers: usize) -> usize {
+fn enough_threads_for(threads: u64, leaving: u64, resolvers: usize, each: Needs) -> usize {
     let idle = POOLS * share(threads, 32, 32) as u64;
     let aside = THREADS_ELSE + leaving + idle + resolvers as u64;
-    (saturated(threads.saturating_sub(aside)) / TUNNEL_THREADS).max(1)
+    (saturated(threads.saturating_sub(aside)) / each.threads).max(1)
 }
 
 /// The most threads of a pool that may be idle.
@@ -220,17 +257,24 @@ mod tests {
     }
 
     #[test]
+    fn a_client_needs_fewer_descriptors_than_a_daemon_and_more_under_tls() {
+        let of = |each| enough_descriptors_for(1024, 0, 64, each);
+        assert_eq!(of(OF_CLIENT), 235);
+        assert!(of(OF_DAEMON) < of(OF_CLIENT_WITH_TLS) && of(OF_CLIENT_WITH_TLS) < of(OF_CLIENT));
+    }
+
+    #[test]
     fn threads_are_kept_for_what_is_no_connection() {
-        assert!(enough_threads_for(u64::MAX, 128, 128) > 1_000_000);
+        assert!(enough_threads_for(u64::MAX, 128, 128, OF_DAEMON) > 1_000_000);
         for threads in [64, 300, 1000, 10_000] {
             let leaving = (threads / 16).clamp(2, MAX_LEAVING);
             let resolvers = resolvers_of(threads, u64::MAX);
-            let connections = enough_threads_for(threads, leaving, resolvers) as u64;
+            let connections = enough_threads_for(threads, leaving, resolvers, OF_DAEMON) as u64;
             let held = TUNNEL_THREADS as u64 * connections + resolvers as u64 + leaving;
             assert!(held + THREADS_ELSE <= threads, "{connections} of {threads}");
             assert!(connections >= threads / 8, "{connections} of {threads}");
         }
-        assert_eq!(enough_threads_for(4, 2, 1), 1);
+        assert_eq!(enough_threads_for(4, 2, 1, OF_DAEMON), 1);
     }
 
     #[test]
@@ -240,7 +284,7 @@ mod tests {
         {
             assert_eq!(resolvers_of(u64::MAX, descriptors), resolvers);
             let leaving = (descriptors / 16).clamp(2, MAX_LEAVING);
-            let enough = enough_descriptors_for(descriptors, leaving, resolvers);
+            let enough = enough_descriptors_for(descriptors, leaving, resolvers, OF_DAEMON);
             assert_eq!(enough, connections, "of {descriptors}");
         }
         assert_eq!(resolvers_of(64, 1024), 8);

@@ -18,6 +18,7 @@ use super::socks::{self, NoRequest};
 use super::{Closed, Watch, handshake, run_tunnel, warn_if_readable};
 use crate::accept;
 use crate::cli::Exit;
+use crate::limits;
 use crate::log_limit::LogLimit;
 use crate::os;
 use crate::signals;
@@ -37,15 +38,18 @@ static WAITS: LogLimit = LogLimit::new(20);
 ///
 /// # Errors
 /// When it can't listen on one of them. Then none is served.
-pub fn serve(config: Config, forwards: Vec<Forward>) -> Result<ExitCode, Exit> {
+pub fn serve(mut config: Config, forwards: Vec<Forward>) -> Result<ExitCode, Exit> {
+    accept::raise_descriptors();
     let ports: Result<Vec<_>, _> = forwards.into_iter().map(Port::listen).collect();
     let ports = ports?;
     signals::on_termination(|| {
         log::info!("shut down");
         stderr::exit(0);
     })?;
-    // Each connection needs three, and more while it dials. Without more of them it is refused later.
-    accept::raise_descriptors();
+    let listeners = ports.iter().map(|port| port.listeners.len()).sum();
+    config.max_connections =
+        limits::of_client(config.max_connections, listeners, config.trust.is_some())
+            .map_err(|error| format!("cannot start: {error}"))?;
     warn_if_readable(&config);
     if let Err(failure) = handshake::check(&config) {
         if !failure.may_pass() {

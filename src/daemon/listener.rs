@@ -89,6 +89,7 @@ enum ListenSocket {
 /// In a sentence: when the daemon would be open beyond this machine without a word about it, an address is in use or
 /// not ours, or what was handed over is no listening stream socket.
 pub fn listen(addresses: &[ListenAddress], stays_here: bool) -> Result<Vec<Listener>, String> {
+    accept::raise_descriptors();
     let inherited = handed_over()?;
     let mut listeners = Vec::with_capacity(inherited.len().max(addresses.len()));
     for (number, fd) in inherited.into_iter().enumerate() {

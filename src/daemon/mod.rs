@@ -76,7 +76,7 @@ impl Shutdown {
 pub fn run(listeners: Vec<Listener>, config: Config, shutdown: &Shutdown) -> io::Result<()> {
     let grace = config.shutdown_grace;
     let manager = config.notify_socket.clone();
-    let limits = Limits::of_system(config.max_connections, listeners.len())?;
+    let limits = Limits::of_daemon(config.max_connections, listeners.len())?;
     let connections = Connections::new(limits.connections, limits.leaving);
     let of_heads = Arc::clone(&connections);
     let make_room = MakeRoom::by(move || of_heads.evict_oldest_head());

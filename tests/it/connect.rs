@@ -1033,6 +1033,15 @@ fn one_connection_too_many_is_reset_and_its_place_comes_back() {
 }
 
 #[test]
+fn the_soft_limit_of_descriptors_is_raised_before_the_ports_are_bound() {
+    let command = Connect::command("ws://127.0.0.1:1", &["-L", "127.0.0.1:0:1"].repeat(40));
+    let client = Connect::spawn(with_limits(&["--nofile=48:256"], &command));
+    client.addresses(40);
+    client.logged("WARN  tunneld::limits");
+    client.logged("256 descriptors allow 45 connections instead of 512: raise RLIMIT_NOFILE");
+}
+
+#[test]
 fn a_signal_ends_the_local_port_and_what_is_open_looks_cut_off() {
     let daemon = Daemon::start(&[]);
     let target = Target::listen();

@@ -33,14 +33,7 @@ impl Bystander {
 
 /// The same daemon under other limits of the system, set by `prlimit`.
 fn limited(limits: &[&str], options: &[&str]) -> Command {
-    let inner = Daemon::command(options);
-    let mut command = Command::new("prlimit");
-    command
-        .args(limits)
-        .arg("--")
-        .arg(inner.get_program())
-        .args(inner.get_args());
-    command
+    with_limits(limits, &Daemon::command(options))
 }
 
 /// What a stream still brings, whatever its end.
@@ -206,6 +199,13 @@ fn running_out_of_descriptors_is_survived() {
     let log = daemon.log();
     let others = log.lines().filter(|line| !line.contains("refused:"));
     assert!(others.count() < 50, "{log}");
+}
+
+#[test]
+fn more_listeners_than_the_soft_limit_of_descriptors_are_listened_on() {
+    let listen = ["--listen", "127.0.0.1:0"].repeat(40);
+    let daemon = Daemon::spawn(limited(&["--nofile=48:256"], &listen));
+    daemon.logged(40, &["listening on"]);
 }
 
 #[test]

@@ -308,14 +308,25 @@ pub fn with_ignored(signal: Signal, command: &Command) -> Command {
     let script = format!("trap '' {}; exec \"$0\" \"$@\"", signal.as_raw());
     let mut shell = Command::new("sh");
     shell.args(["-c", &script]);
-    shell.arg(command.get_program()).args(command.get_args());
+    started_by(shell, command)
+}
+
+/// `command`, started with these limits, which are options of prlimit(1).
+pub fn with_limits(limits: &[&str], command: &Command) -> Command {
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(limits).arg("--");
+    started_by(prlimit, command)
+}
+
+fn started_by(mut starter: Command, command: &Command) -> Command {
+    starter.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => shell.env(name, value),
-            None => shell.env_remove(name),
+            Some(value) => starter.env(name, value),
+            None => starter.env_remove(name),
         };
     }
-    shell
+    starter
 }
 
 /// Whether a process ignores `signal`.
