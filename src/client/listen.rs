@@ -210,7 +210,10 @@ fn serve_one(shared: &Shared, id: u64, peer: SocketAddr, to: &Destination, local
                 log::info!("connection of {peer} to {target}: {why}");
             });
         },
-        opened: || log::info!("tunnel opened: {name}"),
+        opened: || {
+            log::info!("tunnel opened: {name}");
+            Ok(())
+        },
     };
     match run_tunnel(&shared.config, &shared.threads, to, local, watch) {
         Ok(closed) => log_end(&name, &closed),

@@ -33,10 +33,10 @@ impl Local {
         }
     }
 
-    /// Whether nobody waits for the tunnel any more.
+    /// Whether nobody waits for the tunnel any more. Of stdin and stdout a signal would say so.
     pub fn is_gone(&self) -> bool {
         match self {
-            Local::Stdio(stdio) => stdio.is_hung_up(),
+            Local::Stdio(_) => false,
             Local::Tcp(client) => os::is_hung_up(client),
             Local::Socks(asked) => os::is_hung_up(asked.client()),
         }

@@ -63,16 +63,18 @@ fn run_stdio(config: &Config, to: &Destination) -> Result<ExitCode, Exit> {
     warn_if_readable(config);
     let stdio = Stdio::new(config.no_close).map_err(|error| format!("cannot start: {error}"))?;
     let stdio = Arc::new(stdio);
-    // ssh ends its ProxyCommand so.
     let hung_up = Arc::clone(&stdio);
-    signals::on_hangup(move || hung_up.hang_up())?;
     let threads = TunnelThreads::default();
     let watch = Watch {
         waits: |why: &str| stderr::say(why),
         opened: || {
+            // ssh ends its ProxyCommand so. Before there is a tunnel nothing on stdin can be delivered, and SIGHUP ends
+            // the process as it ends any other.
+            signals::on_hangup(move || hung_up.hang_up())?;
             if io::stdin().is_terminal() {
                 say_how_to_use_it(&config.server.name(to), config.no_close);
             }
+            Ok(())
         },
     };
     let failure = match run_tunnel(config, &threads, to, Local::Stdio(stdio), watch) {
@@ -121,7 +123,7 @@ struct Closed {
 struct Watch<W, O> {
     /// Is called with a sentence when the tunnel is waited for.
     waits: W,
-    /// Is called when the server has agreed.
+    /// Is called when the server has agreed. If it fails, in a sentence, there is no tunnel.
     opened: O,
 }
 
@@ -134,7 +136,7 @@ fn run_tunnel(
     threads: &TunnelThreads,
     to: &Destination,
     local: Local,
-    watch: Watch<impl FnOnce(&str), impl FnOnce()>,
+    watch: Watch<impl FnOnce(&str), impl FnOnce() -> Result<(), String>>,
 ) -> Result<Closed, Failure> {
     let upgraded = match waiting::open(config, to, &local, watch.waits) {
         Ok(upgraded) => upgraded,
@@ -146,7 +148,7 @@ fn run_tunnel(
     let cannot = |error: io::Error| format!("cannot start: {error}");
     let state = Arc::new(State::new(0).map_err(cannot)?);
     let stream = local.let_in().map_err(cannot)?;
-    (watch.opened)();
+    (watch.opened)()?;
     let sides = Sides {
         peer: Arc::new(upgraded.socket),
         early: upgraded.early,

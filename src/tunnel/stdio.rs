@@ -57,11 +57,6 @@ impl Stdio {
         self.changed.wake();
     }
 
-    /// Whether whoever started the process is gone.
-    pub(crate) fn is_hung_up(&self) -> bool {
-        self.hung_up.load(Ordering::SeqCst)
-    }
-
     /// See [`super::Stream::abort`].
     pub(super) fn abort(&self) {
         self.aborted.store(true, Ordering::SeqCst);
@@ -115,7 +110,8 @@ impl Stdio {
             if let Some(why) = &*lock(&self.failure) {
                 return Received::Failed(why.clone());
             }
-            if self.ends_when_idle.load(Ordering::SeqCst) || self.is_hung_up() {
+            let is_hung_up = self.hung_up.load(Ordering::SeqCst);
+            if is_hung_up || self.ends_when_idle.load(Ordering::SeqCst) {
                 return Received::Eof;
             }
         }

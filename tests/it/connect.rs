@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
@@ -93,6 +94,13 @@ impl Connect {
             reader.join().unwrap();
         }
         (status.code().unwrap(), self.log())
+    }
+
+    /// Waits for a signal to end the process, and says which.
+    pub fn killed_by(&mut self) -> Option<i32> {
+        let child = &mut self.child;
+        let status = within(LIMIT, "the client ends", || child.try_wait().unwrap());
+        status.signal()
     }
 
     /// Expects the exit code of a broken end, and one line with `part`.
@@ -326,6 +334,9 @@ fn with_no_close_the_end_of_stdin_ends_nothing() {
     let mut client = Connect::to(&daemon, target.port, &["-n"]);
     let mut stream = target.accept();
     drop(client.stdin());
+    within(LIMIT, "the tunnel is open", || {
+        catches(client.pid(), Signal::HUP).then_some(())
+    });
     client.signal(Signal::HUP);
     assert_eq!(read_to_end(&mut stream), (Vec::new(), true));
     drop(stream);

@@ -413,11 +413,31 @@ fn waiting_ends_at_its_time_and_is_not_for_what_does_not_pass() {
         lines[1].contains("refused with 502") && lines[1].ends_with("see --wait"),
         "{stderr}"
     );
-    // ssh ends its ProxyCommand so.
-    let mut client = Connect::spawn(command(TOKEN, &url, "1h"));
-    client.logged("trying again for 1h");
-    client.signal(Signal::HUP);
-    assert_eq!(client.ended().0, 1);
+}
+
+/// As any other signal, and as ssh ends its ProxyCommand when it gives up.
+#[test]
+fn a_hangup_before_there_is_a_tunnel_ends_the_client_at_once() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = closed_port();
+    let waits = ["--wait", "1h"];
+    let silent_port = silent.local_addr().unwrap().port().to_string();
+    let silent_url = format!("ws://127.0.0.1:{silent_port}");
+    let nobodys_url = format!("ws://127.0.0.1:{}", nobody.port);
+    for (url, options) in [(silent_url, &[][..]), (nobodys_url, &waits[..])] {
+        for signal in [Signal::HUP, Signal::TERM] {
+            let options = [&["-W", "22"], options].concat();
+            let mut client = Connect::spawn(Connect::command(&url, &options));
+            client.stdin().write_all(b"SSH-2.0-x\r\n").unwrap();
+            let held = url.contains(&silent_port).then(|| silent.accept().unwrap());
+            if held.is_none() {
+                client.logged("trying again for 1h");
+            }
+            client.signal(signal);
+            assert_eq!(client.killed_by(), Some(signal.as_raw()));
+            drop(held);
+        }
+    }
 }
 
 #[test]
