@@ -21,43 +21,19 @@ pub struct Caller<'a> {
     pub client: &'a TcpStream,
     /// Its address.
     pub peer: IpAddr,
-    /// Bytes that came along with its head have been read.
+    /// Bytes for the target that came along with its head have been read.
     pub has_sent_more: bool,
 }
 
 impl Caller<'_> {
     /// Its connection, to be waited for in a poll with others. When that returns, ask [`Caller::is_gone`].
     pub fn poll_fd(&self) -> PollFd<'_> {
-        PollFd::new(self.client, self.events())
+        PollFd::new(self.client, events(self.client, self.has_sent_more))
     }
 
-    /// Whether its connection has failed, or ended without a byte for the target.
-    ///
-    /// Most clients that go away just close, which looks like a half-closed connection. One that has sent nothing for
-    /// its tunnel before that never will, not even the Close that an orderly end needs. One that has, may have sent
-    /// all of it up to its Close and be reading: it has its tunnel.
+    /// See [`is_gone`].
     pub fn is_gone(&self) -> bool {
-        let mut fds = [self.poll_fd()];
-        // An error here is want of memory, and says nothing of the client.
-        let _ = os::wait(&mut fds, Some(Duration::ZERO));
-        let seen = fds[0].revents();
-        let failed = PollFlags::ERR | PollFlags::HUP;
-        // The bytes may have come after the poll was told what to look for.
-        seen.intersects(failed) || seen.contains(PollFlags::RDHUP) && !self.has_bytes()
-    }
-
-    /// Failures are seen in any case. With its bytes lying there its end would be seen again and again.
-    fn events(&self) -> PollFlags {
-        if self.has_bytes() {
-            PollFlags::empty()
-        } else {
-            PollFlags::RDHUP
-        }
-    }
-
-    fn has_bytes(&self) -> bool {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        self.has_sent_more || matches!(recv(self.client, &mut [0; 1], flags), Ok((1.., _)))
+        is_gone(self.client, self.has_sent_more)
     }
 
     /// Whose share of a bound this client has a part in: its address, or for IPv6 the network of 64 bits, all of
@@ -72,6 +48,33 @@ impl Caller<'_> {
             v4 @ IpAddr::V4(_) => v4,
         }
     }
+}
+
+/// Whether the connection of a client has failed, or ended without a byte for the target. With `has_sent_more` there were
+/// some, which have been read.
+///
+/// Most clients that go away just close, which looks like a half-closed connection. One that has sent nothing for
+/// its tunnel before that never will, not even the Close that an orderly end needs. One that has, may have sent
+/// all of it up to its Close and be reading: it has its tunnel.
+pub fn is_gone(client: &TcpStream, has_sent_more: bool) -> bool {
+    let seen = os::ready(client, events(client, has_sent_more));
+    let failed = PollFlags::ERR | PollFlags::HUP;
+    // The bytes may have come after the poll was told what to look for.
+    seen.intersects(failed) || seen.contains(PollFlags::RDHUP) && !has_bytes(client, has_sent_more)
+}
+
+/// Failures are seen in any case. With its bytes lying there its end would be seen again and again.
+fn events(client: &TcpStream, has_sent_more: bool) -> PollFlags {
+    if has_bytes(client, has_sent_more) {
+        PollFlags::empty()
+    } else {
+        PollFlags::RDHUP
+    }
+}
+
+fn has_bytes(client: &TcpStream, has_sent_more: bool) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    has_sent_more || matches!(recv(client, &mut [0; 1], flags), Ok((1.., _)))
 }
 
 #[cfg(test)]

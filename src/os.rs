@@ -120,14 +120,35 @@ pub(crate) fn unacknowledged(stream: &TcpStream) -> Option<u64> {
 }
 
 fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<u64> {
+    let line = line_in_table(local, peer)?;
+    let queues = line.split_whitespace().nth(1)?;
+    u64::from_str_radix(queues.split(':').next()?, 16).ok()
+}
+
+/// Whether the process at the other end of `stream` has closed its socket, and not just ended its direction, which looks
+/// the same from here. `None` where that can't be told: the process is on another machine or in another network
+/// namespace, or there is no `/proc`.
+///
+/// A socket that belongs to no process any more has the inode 0. As to cost, see [`unacknowledged`].
+pub(crate) fn is_closed_over_there(stream: &TcpStream) -> Option<bool> {
+    let canonical =
+        |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let (here, there) = (stream.local_addr().ok()?, stream.peer_addr().ok()?);
+    let line = line_in_table(canonical(there), canonical(here))?;
+    let inode = line.split_whitespace().nth(6)?;
+    Some(inode == "0")
+}
+
+/// What the system's table of connections has behind the two addresses of one: its state, its queues, its timer, ...
+fn line_in_table(local: SocketAddr, peer: SocketAddr) -> Option<String> {
     let table = if local.is_ipv4() { "tcp" } else { "tcp6" };
     let lines = BufReader::new(File::open(format!("/proc/self/net/{table}")).ok()?).lines();
     let name = format!(" {} {} ", in_table(local), in_table(peer));
-    let line = lines
-        .map_while(Result::ok)
-        .find(|line| line.contains(&name))?;
-    let queues = line.split_once(&name)?.1.split_whitespace().nth(1)?;
-    u64::from_str_radix(queues.split(':').next()?, 16).ok()
+    let mut found = lines.map_while(Result::ok).filter_map(|line| {
+        let (_, behind) = line.split_once(&name)?;
+        Some(behind.to_owned())
+    });
+    found.next()
 }
 
 /// An address as the table has it (proc_net_tcp in the kernel's documentation): words of the host's byte order in
@@ -167,6 +188,29 @@ mod tests {
             // The last acknowledgement may be on its way.
             let deadline = Instant::now() + Duration::from_secs(10);
             while unacknowledged(&sender) != Some(0) {
+                assert!(Instant::now() < deadline);
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn a_socket_that_was_closed_is_told_from_one_that_was_half_closed() {
+        for address in ["127.0.0.1:0", "[::1]:0", "[::]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let mut to = listener.local_addr().unwrap();
+            if to.ip().is_unspecified() {
+                to.set_ip(IpAddr::from([127, 0, 0, 1]));
+            }
+            let mut near = TcpStream::connect(to).unwrap();
+            let far = listener.accept().unwrap().0;
+            near.write_all(b"x").unwrap();
+            assert_eq!(is_closed_over_there(&far), Some(false));
+            near.shutdown(std::net::Shutdown::Write).unwrap();
+            assert_eq!(is_closed_over_there(&far), Some(false));
+            drop(near);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while is_closed_over_there(&far) != Some(true) {
                 assert!(Instant::now() < deadline);
                 std::thread::yield_now();
             }

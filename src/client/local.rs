@@ -4,8 +4,11 @@ use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use rustix::event::PollFlags;
+
 use super::failure::Failure;
 use super::socks;
+use crate::caller;
 use crate::os;
 use crate::tunnel::{Stdio, Stream, Tcp};
 
@@ -37,8 +40,8 @@ impl Local {
     pub fn is_gone(&self) -> bool {
         match self {
             Local::Stdio(_) => false,
-            Local::Tcp(client) => os::is_hung_up(client),
-            Local::Socks(asked) => os::is_hung_up(asked.client()),
+            Local::Tcp(client) => has_left(client),
+            Local::Socks(asked) => has_left(asked.client()),
         }
     }
 
@@ -48,4 +51,12 @@ impl Local {
             asked.refuse(why);
         }
     }
+}
+
+/// Beside what tells a daemon that a client has gone: on this machine one that has sent something and then closed is told
+/// from one that has only half-closed. Its request must not be run for nobody, and again for whoever tries again. One from
+/// elsewhere is waited for.
+fn has_left(client: &TcpStream) -> bool {
+    let has_ended = || !os::ready(client, PollFlags::RDHUP).is_empty();
+    caller::is_gone(client, false) || has_ended() && os::is_closed_over_there(client) == Some(true)
 }
