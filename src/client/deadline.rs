@@ -1,8 +1,10 @@
-//! Reads and writes that end at a deadline, for everything that precedes the tunnel.
+//! Reads and writes that end at a deadline, for everything that precedes the tunnel, and how time is told of.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
+
+use humantime::FormattedDuration;
 
 /// A connection whose reads and writes end at a deadline: behind it they fail with `WouldBlock`. It leaves its
 /// last timeout on the socket.
@@ -58,5 +60,37 @@ pub fn remaining(deadline: Instant) -> io::Result<Duration> {
     match deadline.checked_duration_since(Instant::now()) {
         Some(remaining) if !remaining.is_zero() => Ok(remaining),
         _ => Err(ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// `time` to the second, or to a tenth of one if it is short.
+pub fn about(time: Duration) -> FormattedDuration {
+    let tenths = (time.as_millis() + 50) / 100;
+    let tenths = u64::try_from(tenths).unwrap_or(u64::MAX).max(1);
+    let tenths = if tenths < 10 {
+        tenths
+    } else {
+        (tenths + 5) / 10 * 10
+    };
+    humantime::format_duration(Duration::from_millis(tenths * 100))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_told_to_the_second_or_the_tenth_of_one() {
+        for (millis, told) in [
+            (0, "100ms"),
+            (449, "400ms"),
+            (499, "500ms"),
+            (960, "1s"),
+            (29_600, "30s"),
+            (62_010, "1m 2s"),
+            (3_599_990, "1h"),
+        ] {
+            assert_eq!(about(Duration::from_millis(millis)).to_string(), told);
+        }
     }
 }

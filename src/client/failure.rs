@@ -20,6 +20,8 @@ pub enum Kind {
     Answered(u16, Option<Reason>),
     /// What is the same each time, such as a wrong certificate.
     Lasting,
+    /// Whoever the tunnel was for has left meanwhile, and knows of it.
+    NobodyWaits,
 }
 
 /// Why a tunneld refuses, as far as anything depends on it. It has no other form for that than its sentence: of a name

@@ -8,7 +8,7 @@ use socket2::SockRef;
 use url::Url;
 
 use super::answer::{Head, NoAnswer, read_head};
-use super::deadline::Until;
+use super::deadline::{Until, about};
 use super::failure::{Alert, Failure, Kind, Reason};
 use super::forward::Destination;
 use super::options::Config;
@@ -39,14 +39,18 @@ pub struct Upgraded {
     pub redactor: Redactor,
 }
 
-/// Connects to the server before the dial timeout is over, and upgrades to a tunnel to `to` before its answer is
-/// overdue.
+/// Connects to the server before the dial timeout is over, and upgrades to a tunnel to `to` before its answer has taken
+/// `answer_limit`.
 ///
 /// # Errors
 /// [`Failure`].
-pub fn open(config: &Config, to: &Destination) -> Result<Upgraded, Failure> {
+pub fn open(
+    config: &Config,
+    to: &Destination,
+    answer_limit: Duration,
+) -> Result<Upgraded, Failure> {
     let server = &config.server;
-    let mut asked = ask(config, &server.url_to(to), ANSWER_TIMEOUT)?;
+    let mut asked = ask(config, &server.url_to(to), answer_limit)?;
     let head = asked.read_answer(server)?;
     if head.status != 101 {
         return Err(asked.refusal(&head, server));
@@ -75,7 +79,7 @@ pub fn open(config: &Config, to: &Destination) -> Result<Upgraded, Failure> {
 /// [`Failure`].
 pub fn check(config: &Config) -> Result<(), Failure> {
     let server = &config.server;
-    let mut asked = ask(config, &server.url_to_nowhere(), 1)?;
+    let mut asked = ask(config, &server.url_to_nowhere(), config.dial_timeout)?;
     let head = asked.read_answer(server)?;
     // Some other server, or a proxy that names the target itself.
     if head.status == 101 {
@@ -93,16 +97,15 @@ struct Asked {
     socket: TcpStream,
     upgrade: Upgrade,
     deadline: Instant,
-    /// From the request to `deadline`.
-    limit: Duration,
-    dial_timeouts: u32,
+    /// From the request to `deadline`, and what that is to the user.
+    limit: String,
     received: Vec<u8>,
     redactor: Redactor,
     alert: Alert,
 }
 
-/// Connects to the server and asks it for `url`. The answer may take so many `dial_timeouts`.
-fn ask(config: &Config, url: &Url, dial_timeouts: u32) -> Result<Asked, Failure> {
+/// Connects to the server and asks it for `url`. The answer may take as long as `limit`.
+fn ask(config: &Config, url: &Url, limit: Duration) -> Result<Asked, Failure> {
     let token = config.token.get()?;
     let of_proxy = config.proxy.iter().flat_map(Proxy::secrets);
     let redactor = Redactor::new(token.as_deref())
@@ -110,7 +113,6 @@ fn ask(config: &Config, url: &Url, dial_timeouts: u32) -> Result<Asked, Failure>
         .and(of_proxy, "(the proxy's password)");
     let alert = Alert::default();
     let socket = connect(config, &redactor, &alert)?;
-    let limit = config.dial_timeout * dial_timeouts;
     let deadline = Instant::now() + limit;
     let upgrade = Upgrade::new(config.protocol);
     let request = request(config, url, &upgrade, token.as_deref());
@@ -120,8 +122,7 @@ fn ask(config: &Config, url: &Url, dial_timeouts: u32) -> Result<Asked, Failure>
         socket,
         upgrade,
         deadline,
-        limit,
-        dial_timeouts,
+        limit: named(limit, config.dial_timeout),
         received: Vec::new(),
         redactor,
         alert,
@@ -138,10 +139,8 @@ impl Asked {
             };
             match no_answer {
                 NoAnswer::TimedOut => Failure::not_there(format!(
-                    "no answer from {} within {:?}, {}--dial-timeout: raise it if the daemon or the target is only slow",
-                    server.address,
-                    self.limit,
-                    times(self.dial_timeouts)
+                    "no answer from {} within {}: raise it if the daemon or the target is only slow",
+                    server.address, self.limit
                 )),
                 NoAnswer::Closed(how) => match self.alert.get() {
                     Some(why) => format!("no TLS with {}: {why}", server.address).into(),
@@ -165,10 +164,14 @@ impl Asked {
     }
 }
 
-fn times(factor: u32) -> String {
-    match factor {
-        1 => String::new(),
-        factor => format!("{factor} times "),
+/// A limit of the answer, for a person.
+fn named(limit: Duration, dial_timeout: Duration) -> String {
+    match limit {
+        _ if limit == dial_timeout => format!("{limit:?}, --dial-timeout"),
+        _ if limit == dial_timeout * ANSWER_TIMEOUT => {
+            format!("{limit:?}, {ANSWER_TIMEOUT} times --dial-timeout")
+        }
+        _ => format!("{}, the rest of --wait", about(limit)),
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::sockopt;
 
-use super::failure::Failure;
+use super::failure::{Failure, Kind};
 use super::forward::{Destination, Forward, To};
 use super::local::Local;
 use super::options::{Config, LISTEN, Token};
@@ -217,6 +217,14 @@ fn serve_one(shared: &Shared, id: u64, peer: SocketAddr, to: &Destination, local
     };
     match run_tunnel(&shared.config, &shared.threads, to, local, watch) {
         Ok(closed) => log_end(&name, &closed),
+        Err(Failure {
+            sentence,
+            kind: Kind::NobodyWaits,
+        }) => {
+            WAITS.log("connections that wait", || {
+                log::info!("connection of {peer} to {target}: {sentence}");
+            });
+        }
         Err(Failure { sentence, .. }) => log_failure(peer, &format!("to {target}: {sentence}")),
     }
 }

@@ -372,8 +372,8 @@ fn a_target_and_a_daemon_that_come_later_are_waited_for() {
         .write_all(&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1])
         .unwrap();
     asked.write_all(&to.port().to_be_bytes()).unwrap();
-    stdio.logged("trying again for 30s: cannot connect to 127.0.0.1:");
-    ports.logged("trying again for 30s: cannot connect to 127.0.0.1:");
+    stdio.logged("trying again for ");
+    ports.logged("trying again for ");
     drop(no_daemon);
     let daemon = url.strip_prefix("ws://").unwrap();
     let daemon = Daemon::start(&["--listen", daemon]);
@@ -402,15 +402,51 @@ fn waiting_ends_at_its_time_and_is_not_for_what_does_not_pass() {
     };
     Connect::spawn(command("mistaken", &url, "1h")).broke("refused with 401");
     Connect::spawn(command(TOKEN, &format!("{url}/x"), "1h")).broke("refused with 404");
-    let (code, stderr) = Connect::spawn(command(TOKEN, &url, "500ms")).ended();
+    let (code, stderr) = Connect::spawn(command(TOKEN, &url, "1s")).ended();
     let lines: Vec<_> = stderr.lines().collect();
     assert_eq!((code, lines.len()), (1, 2), "{stderr}");
     assert!(
-        lines[0].contains("trying again for 500ms: refused with 502"),
+        lines[0].contains("trying again for ") && lines[0].contains(": refused with 502"),
         "{stderr}"
     );
     assert!(
-        lines[1].contains("refused with 502") && lines[1].ends_with("see --wait"),
+        lines[1].contains("refused with 502") && lines[1].contains("; tried again for "),
+        "{stderr}"
+    );
+    assert!(lines[1].ends_with("s, see --wait"), "{stderr}");
+}
+
+#[test]
+fn a_server_that_says_nothing_is_not_waited_for_much_longer_than_wait_says() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap();
+    let start = |wait, dial_timeout| {
+        let options = ["-W", "1", "--wait", wait, "--dial-timeout", dial_timeout];
+        Connect::spawn(Connect::command(&format!("ws://{address}"), &options))
+    };
+    let never_again = "raise it if the daemon or the target is only slow; there was no time to try again, see --wait";
+    // A try has the time that its answer needs at least.
+    let sentence = start("100ms", "600ms").broke(never_again);
+    assert!(
+        sentence.contains("within 600ms, --dial-timeout: "),
+        "{sentence}"
+    );
+    let sentence = start("2s", "1s").broke(never_again);
+    assert!(
+        sentence.contains("within 2s, the rest of --wait: "),
+        "{sentence}"
+    );
+    let (code, stderr) = start("4s", "1s").ended();
+    let lines: Vec<_> = stderr.lines().collect();
+    assert_eq!((code, lines.len()), (1, 2), "{stderr}");
+    assert!(
+        lines[0].contains("within 3s, 3 times --dial-timeout: "),
+        "{stderr}"
+    );
+    // Of which 3 s are over.
+    assert!(!lines[0].contains("trying again for 4s"), "{stderr}");
+    assert!(
+        lines[1].contains("within 1s, --dial-timeout: ") && lines[1].contains("tried again for"),
         "{stderr}"
     );
 }
@@ -431,7 +467,7 @@ fn a_hangup_before_there_is_a_tunnel_ends_the_client_at_once() {
             client.stdin().write_all(b"SSH-2.0-x\r\n").unwrap();
             let held = url.contains(&silent_port).then(|| silent.accept().unwrap());
             if held.is_none() {
-                client.logged("trying again for 1h");
+                client.logged("trying again for ");
             }
             client.signal(signal);
             assert_eq!(client.killed_by(), Some(signal.as_raw()));
@@ -440,13 +476,43 @@ fn a_hangup_before_there_is_a_tunnel_ends_the_client_at_once() {
     }
 }
 
+/// Those that went in order, and those that have asked for something before, as a request that timed out. It would run
+/// for nobody, and again for whoever tries again.
 #[test]
 fn a_local_client_that_leaves_is_waited_for_no_longer() {
     let (daemon, closed) = (Daemon::start(&[]), closed_port());
-    let forward = format!("127.0.0.1:0:{}", closed.port);
+    let target = format!("127.0.0.1:{}", closed.port);
+    let forward = format!("127.0.0.1:0:{target}");
     let client = Connect::with(&daemon, &["-L", &forward, "--wait", "1h"]);
-    let local = client.dial();
-    client.logged("trying again for 1h");
-    reset(local);
-    client.logged("see --wait");
+    let left = || client.log().matches("it has left after").count();
+    let leave = |sent: &[u8], go: fn(TcpStream)| {
+        let mut local = client.dial();
+        local.write_all(sent).unwrap();
+        let peer = local.local_addr().unwrap();
+        client.logged(&format!(
+            "connection of {peer} to {target}: trying again for "
+        ));
+        go(local);
+        client.logged(&format!(
+            "connection of {peer} to {target}: it has left after"
+        ));
+    };
+    leave(b"", reset);
+    leave(b"", drop);
+    leave(b"GET / HTTP/1.1\r\n\r\n", reset);
+    leave(b"GET / HTTP/1.1\r\n\r\n", drop);
+    assert!(!client.log().contains("WARN"), "{}", client.log());
+    // One that has only ended its direction waits for its answer.
+    let mut local = client.dial();
+    local.write_all(b"hello").unwrap();
+    local.shutdown(Shutdown::Write).unwrap();
+    let peer = local.local_addr().unwrap();
+    client.logged(&format!("connection of {peer} to {target}: trying again"));
+    let refused = daemon.log().matches("status=502").count();
+    daemon.logged(refused + 3, &["status=502"]);
+    drop(closed);
+    let echo = Target::echo_on(&target);
+    assert_eq!(read_to_end(&mut local), (b"hello".to_vec(), true));
+    assert_eq!(left(), 4, "{}", client.log());
+    drop(echo);
 }
