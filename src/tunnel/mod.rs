@@ -348,12 +348,13 @@ impl Tunnel {
             }
         }
         // A server that has closed its connection may have done so too early.
-        let is_orderly = end == ToStreamEnd::Closed && !self.endpoint.role.waits_for_eof();
+        let is_closed = end == ToStreamEnd::Closed && !self.endpoint.role.waits_for_eof();
         self.note_end(|ends| {
             // A panic of the clocks stands.
             ends.to_stream.get_or_insert(end);
         });
-        if !is_orderly {
+        // Of a broken connection, this is what the clocks wait for.
+        if !is_closed || self.ends().peer_broke {
             self.state.changed.wake();
         }
     }
@@ -540,6 +541,8 @@ fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
 mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::net::TcpListener;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
     use std::sync::mpsc::{Receiver, channel};
     use std::thread;
     use std::time::Instant;
@@ -577,12 +580,21 @@ mod tests {
     }
 
     fn open_to(
+        stream: (TcpStream, TcpStream),
+        role: Role,
+        threads: &Arc<TunnelThreads>,
+        times: Times,
+    ) -> Open {
+        open_between(connection(), stream, role, threads, times)
+    }
+
+    fn open_between(
+        (near_peer, peer): (TcpStream, TcpStream),
         (near_stream, stream): (TcpStream, TcpStream),
         role: Role,
         threads: &Arc<TunnelThreads>,
         times: Times,
     ) -> Open {
-        let (near_peer, peer) = connection();
         let sides = Sides {
             peer: Arc::new(near_peer),
             early: Vec::new(),
@@ -713,6 +725,14 @@ mod tests {
 
     const UPLOAD: usize = 60_000;
 
+    fn upload_and_close() -> Vec<u8> {
+        let mut frames = vec![0x82, 0xfe];
+        frames.extend(u16::try_from(UPLOAD).unwrap().to_be_bytes());
+        frames.extend([0; 4 + UPLOAD]);
+        frames.extend([0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8]);
+        frames
+    }
+
     /// A tunnel whose client has ended in order and vanished, before its target has taken all it was sent.
     fn vanished_behind_its_end(stall_timeout: Duration) -> Open {
         let times = Times {
@@ -721,11 +741,7 @@ mod tests {
         };
         let threads = Arc::new(TunnelThreads::default());
         let mut tunnel = open_to(target_without_room(), Role::Daemon, &threads, times);
-        let mut frames = vec![0x82, 0xfe];
-        frames.extend(u16::try_from(UPLOAD).unwrap().to_be_bytes());
-        frames.extend([0; 4 + UPLOAD]);
-        frames.extend([0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8]);
-        (&tunnel.peer).write_all(&frames).unwrap();
+        (&tunnel.peer).write_all(&upload_and_close()).unwrap();
         tunnel.wait_until(|ends| ends.to_stream.is_some());
         // Its place is taken by a connection of no use.
         let peer = std::mem::replace(&mut tunnel.peer, connection().0);
@@ -744,6 +760,29 @@ mod tests {
         assert!(began.elapsed() >= stall_timeout, "{:?}", began.elapsed());
         // And it can still have it.
         assert_eq!(read_to_end(&tunnel.stream), (vec![0; UPLOAD], true));
+    }
+
+    #[test]
+    fn a_broken_tunnel_ends_as_soon_as_what_its_client_had_sent_is_given_on() {
+        let (near_peer, peer) = UnixStream::pair().unwrap();
+        let [near_peer, peer] =
+            [near_peer, peer].map(|socket| TcpStream::from(OwnedFd::from(socket)));
+        let target = target_without_room();
+        SockRef::from(&target.0).set_send_buffer_size(4096).unwrap();
+        let times = Times {
+            linger: 4 * LIMIT,
+            ..TIMES
+        };
+        let threads = Arc::new(TunnelThreads::default());
+        let sides = (near_peer, peer);
+        let mut tunnel = open_between(sides, target, Role::Daemon, &threads, times);
+        (&tunnel.peer).write_all(&upload_and_close()).unwrap();
+        drop(std::mem::replace(&mut tunnel.peer, connection().0));
+        tunnel.wait_until(|ends| ends.peer_broke);
+        assert_eq!(lock(&tunnel.state.ends).to_stream, None);
+        assert_eq!(read_to_end(&tunnel.stream), (vec![0; UPLOAD], true));
+        let outcome = tunnel.outcome.recv_timeout(LIMIT).unwrap();
+        assert_eq!(outcome.end, End::PeerVanished);
     }
 
     #[test]
