@@ -19,6 +19,9 @@ pub(crate) struct Activity {
     ping_written: AtomicU64,
     to_stream: AtomicU64,
     to_peer: AtomicU64,
+    /// How much the stream had taken by its own end, and when that was; `u64::MAX` before.
+    to_stream_by_end: AtomicU64,
+    stream_ended: AtomicU64,
     /// The name of the thread that panics the next time it notes something or looks, once.
     #[cfg(test)]
     pub(super) panic_in: std::sync::Mutex<Option<&'static str>>,
@@ -39,6 +42,8 @@ impl Activity {
             ping_written: zero(),
             to_stream: zero(),
             to_peer: zero(),
+            to_stream_by_end: AtomicU64::new(u64::MAX),
+            stream_ended: zero(),
             #[cfg(test)]
             panic_in: std::sync::Mutex::default(),
         }
@@ -70,6 +75,20 @@ impl Activity {
     pub(super) fn note_to_stream(&self, bytes: usize) {
         self.to_stream.fetch_add(bytes as u64, Ordering::Relaxed);
         self.last_payload.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// The stream has ended in order.
+    pub(super) fn note_stream_end(&self) {
+        self.stream_ended.store(self.now(), Ordering::SeqCst);
+        let taken = self.to_stream.load(Ordering::SeqCst);
+        self.to_stream_by_end.store(taken, Ordering::SeqCst);
+    }
+
+    /// For how long the stream has ended, if it was given nothing since.
+    pub(super) fn quiet_since_stream_end(&self) -> Option<Duration> {
+        let by_end = self.to_stream_by_end.load(Ordering::SeqCst);
+        let ended = Duration::from_micros(self.stream_ended.load(Ordering::SeqCst));
+        (by_end == self.to_stream.load(Ordering::SeqCst)).then(|| self.age().saturating_sub(ended))
     }
 
     /// The peer is read from again. It could not be heard until now, so its silence counts from here.

@@ -212,6 +212,8 @@ pub(super) struct Ends {
     pub(super) undelivered: Option<WriteFailure>,
     /// The stream's connection takes nothing more, or is about to have failed.
     pub(super) stream_broke: bool,
+    /// The stream had taken all it was given before it was sent its end: a reset that answers that takes nothing back.
+    pub(super) stream_took_all: bool,
     /// The stream failed while the peer's direction was open: a Close that comes then is the answer to ours.
     pub(super) stream_failed_first: bool,
     /// The peer has ended its side of the TCP connection: what it sent before may be all it had to say.

@@ -117,7 +117,10 @@ fn relay_by_pipe(tunnel: &Tunnel, pipe: &mut Pipe) -> Result<Splices, FromStream
 
 fn ended(tunnel: &Tunnel, received: Received) -> FromStreamEnd {
     match received {
-        Received::Eof => FromStreamEnd::Eof,
+        Received::Eof => {
+            tunnel.activity().note_stream_end();
+            FromStreamEnd::Eof
+        }
         Received::Failed(why) => {
             FromStreamEnd::StreamFailed(tunnel.stream.failure(tunnel.endpoint.role, &why))
         }

@@ -28,7 +28,7 @@ pub(crate) const CLOSE_LIMIT: Duration = Duration::from_secs(3);
 const SETTLE_LIMIT: Duration = Duration::from_millis(500);
 
 /// How long the peer's last bytes may take to arrive before its connection is reset, from the last of them.
-const ARRIVAL_LIMIT: Duration = Duration::from_millis(900);
+pub(super) const ARRIVAL_LIMIT: Duration = Duration::from_millis(900);
 
 /// The same where nobody can tell what has arrived.
 const BLIND_ARRIVAL_LIMIT: Duration = Duration::from_millis(200);
@@ -675,7 +675,7 @@ pub(super) fn settle(tunnel: &Tunnel) {
         wait_until(tunnel, deadline.min(now + wait), Watched::NOTHING);
         wait *= 2;
     }
-    if tunnel.stream.was_reset() {
+    if tunnel.stream.was_reset() && !tunnel.ends().stream_took_all {
         tunnel.note_end(|ends| ends.undelivered = Some(WriteFailure::Closed));
         tunnel.reset_peer();
     }

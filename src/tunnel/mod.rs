@@ -513,7 +513,17 @@ impl Tunnel {
     /// Before the peer is told, as its answer may be there at once.
     fn note_stream_failed(&self) {
         let mut ends = self.ends();
-        ends.stream_failed_first = !ends.peer_closed && ends.to_stream.is_none();
+        ends.stream_failed_first |= !ends.peer_closed && ends.to_stream.is_none();
+    }
+
+    /// Whether a reset that answers the stream's FIN, which is about to be sent, takes nothing back: it has ended, was
+    /// given nothing since, and has acknowledged all. Its system may know nothing of the connection any more, a while
+    /// after the end (FIN_WAIT2). Within a round trip that can't be, and to ask takes long.
+    fn has_stream_taken_all(&self) -> bool {
+        let quiet = self.activity().quiet_since_stream_end();
+        quiet.is_some_and(|quiet| quiet > keepalive::ARRIVAL_LIMIT)
+            && !self.ends().stream_broke
+            && self.stream.unacknowledged() == Some(0)
     }
 
     /// The stream did not take what the peer has sent. That the tunnel was aborted is known already.

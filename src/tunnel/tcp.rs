@@ -286,6 +286,9 @@ impl Tcp {
     /// connection, dead in both directions, gives it away. After our own FIN that is so in an orderly end too, but
     /// then nothing is written any more and no write can have taken an error.
     fn judge_eof(&self, stream: &TcpStream) -> Received {
+        // A target that has closed is forgotten by its system after a while (FIN_WAIT2), which then answers a probe with
+        // a reset, as if it had been sent what it can't take.
+        let _ = sockopt::set_socket_keepalive(stream, false);
         if !os::is_hung_up(stream) {
             return Received::Eof;
         }

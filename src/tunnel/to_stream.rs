@@ -148,8 +148,12 @@ impl Relay<'_> {
     }
 
     fn ended(&mut self) -> Result<Next, ToStreamEnd> {
+        let took_all = self.tunnel.has_stream_taken_all();
         // First, as behind both of its ends the stream looks as if it had failed.
-        self.tunnel.note_end(|ends| ends.peer_closed = true);
+        self.tunnel.note_end(|ends| {
+            ends.peer_closed = true;
+            ends.stream_took_all = took_all;
+        });
         if !self.is_refused {
             let finished = self.tunnel.stream.shutdown_write();
             // Of a stream that has failed the peer was told already.

@@ -2,7 +2,7 @@
 //! lost, so that neither a FIN nor a RST ever comes.
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::process::Command;
@@ -257,6 +257,41 @@ fn a_reset_that_comes_a_moment_behind_both_ends_is_an_upload_cut_short() {
     behind_the_end(&mut || client.send(FINAL_DATA, b"late"));
     assert_eq!(client.see_all(), (vec![], End::Reset));
     daemon.logged(2, &["tunnel closed:", "up=4", "end=upload_cut_short"]);
+}
+
+/// The target's system has forgotten the connection by then (FIN_WAIT2), and answers the daemon's FIN with a reset.
+#[test]
+fn a_client_that_closes_long_after_its_target_has_an_orderly_end() {
+    let Some(network) = Network::new("later") else {
+        return;
+    };
+    let daemon = network.daemon(&["--linger", "2s"]);
+    let target = inside(&network.client, || {
+        std::fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "1").unwrap();
+        within(LIMIT, "the address is there", || {
+            std::net::TcpListener::bind((CLIENT, 0)).ok().map(drop)
+        });
+        Target::listen_on("192.0.2.2:0")
+    });
+    let path = format!("/tunnel?host={CLIENT}&port={}", target.port);
+    let head = request("GET", &path, &UPGRADE).replace("Host: localhost", "Host: 192.0.2.1");
+    let stream = inside(&network.server, || daemon.connect());
+    let mut client = Client::upgrade(stream, head.as_bytes());
+    let mut server = target.accept();
+    client.send(b"request");
+    server.read_exact(&mut [0; 7]).unwrap();
+    server.write_all(b"answer").unwrap();
+    drop(server);
+    assert_eq!(client.see_all(), (b"answer".to_vec(), CLOSE_1000));
+    for _ in 0..4 {
+        let Seen::Ping(payload) = client.see() else {
+            panic!("no ping");
+        };
+        client.send_frame(0x8a, &payload);
+    }
+    client.send_close(1000);
+    assert_eq!(client.see(), Seen::Eof);
+    daemon.logged(1, &["tunnel closed:", "up=7 down=6", "end=orderly"]);
 }
 
 #[test]
