@@ -212,6 +212,10 @@ pub(super) struct Ends {
     pub(super) undelivered: Option<WriteFailure>,
     /// The stream's connection takes nothing more, or is about to have failed.
     pub(super) stream_broke: bool,
+    /// And there was an error to be told then.
+    pub(super) stream_erred: bool,
+    /// Why the stream failed, while the peer takes nothing of what it had brought.
+    pub(super) held_back: Option<WriteFailure>,
     /// The stream had taken all it was given before it was sent its end: a reset that answers that takes nothing back.
     pub(super) stream_took_all: bool,
     /// The stream failed while the peer's direction was open: a Close that comes then is the answer to ours.
@@ -237,6 +241,27 @@ impl Ends {
     /// or has sent, is lost.
     pub(super) fn is_stream_closed_early(&self) -> bool {
         self.stream_broke && self.from_stream == Some(FromStreamEnd::Eof) && !self.peer_closed
+    }
+
+    /// Whether the stream has failed while the thread that reads it is occupied with what came before.
+    pub(super) fn is_failure_unseen(&self) -> bool {
+        self.stream_erred && self.from_stream.is_none() && self.held_back.is_none()
+    }
+
+    /// Whether that is to be told though the peer doesn't take what came before.
+    pub(super) fn is_held_back(&self) -> bool {
+        matches!(self.held_back, Some(WriteFailure::Failed(_)))
+    }
+
+    /// How the direction from the stream ended for good: what broke the stream comes before what followed from that.
+    pub(super) fn end_from_stream(&mut self, end: FromStreamEnd) {
+        self.from_stream = Some(match (end, &self.held_back) {
+            (
+                FromStreamEnd::PeerGone(_) | FromStreamEnd::Aborted,
+                Some(WriteFailure::Failed(why)),
+            ) => FromStreamEnd::StreamFailed(why.clone()),
+            (end, _) => end,
+        });
     }
 
     /// Whether the peer's connection turned out to be reset when it was written to. Nobody else is told then.

@@ -86,21 +86,23 @@ impl Phase {
             is_given: ends.to_stream.is_some(),
         };
         let waits_for_eof = endpoint.role.waits_for_eof();
+        let aborting = Phase::Aborting {
+            all_sent: ends.from_stream.is_some(),
+        };
         let told = if endpoint.protocol.has_words() {
             Phase::Closing
         } else {
-            Phase::Aborting {
-                all_sent: ends.from_stream.is_some(),
-            }
+            aborting.clone()
         };
         match (&ends.to_stream, &ends.from_stream) {
             _ if ends.is_cut => Phase::Cut,
             _ if matches!(ends.cut, Some(Cut::Shutdown | Cut::Idle)) => told,
             // A client is told why, and has the time to read it, whatever it has still sent.
             (_, Some(From::StreamFailed(_))) if endpoint.tells_failures() => Phase::Closing,
-            (_, from) if ends.undelivered.is_some() => Phase::Aborting {
-                all_sent: from.is_some(),
-            },
+            // What fills the server's buffers holds back every end but a reset.
+            (_, None) if ends.is_held_back() && !endpoint.tells_failures() => aborting,
+            (_, None) if ends.is_held_back() => Phase::Closing,
+            _ if ends.undelivered.is_some() => aborting,
             (Some(To::PeerAborted(..) | To::Refused(_)), _) | (_, Some(From::StreamFailed(_))) => {
                 told
             }
@@ -144,6 +146,8 @@ pub(super) struct Seen {
     pub(super) unacknowledged: Unacknowledged,
     /// What neither side has acknowledged.
     pub(super) on_their_way: Unacknowledged,
+    /// The stream has failed, and what it had brought before is still being sent.
+    pub(super) stream_failed: bool,
 }
 
 /// It takes long to find out, so it is only asked when a step wants to know.
@@ -179,6 +183,8 @@ pub(super) enum Step {
     Look,
     /// The same of both sides.
     LookAtBoth,
+    /// The stream has failed, and the peer takes nothing of what it had brought: both are to end.
+    HeldBack,
     /// To end the tunnel.
     Cut(Cut),
     /// To leave it: a thread waits where it can't be woken, in a write to stdout.
@@ -201,6 +207,9 @@ pub(super) struct Clocks {
     since: Duration,
     look_again: Duration,
     least_unacknowledged: Option<u64>,
+    last_unacknowledged: Option<u64>,
+    /// When the peer was last seen to take bytes, where it is asked for.
+    last_taken: Option<Duration>,
 }
 
 /// The oldest ping since the peer's last sign of life.
@@ -229,6 +238,8 @@ impl Clocks {
             since: Duration::ZERO,
             look_again: LOOK_AGAIN.0,
             least_unacknowledged: None,
+            last_unacknowledged: None,
+            last_taken: None,
         }
     }
 
@@ -244,6 +255,9 @@ impl Clocks {
         if let Some(ping) = &mut self.unanswered {
             ping.forgiven += by;
         }
+        if let Some(taken) = &mut self.last_taken {
+            *taken += by;
+        }
     }
 
     /// What is to be done at `now`, when this was `seen`.
@@ -252,6 +266,9 @@ impl Clocks {
             self.phase = phase.clone();
             self.since = seen.changed_at.min(now);
             self.look_again = LOOK_AGAIN.0;
+            self.least_unacknowledged = None;
+            self.last_unacknowledged = None;
+            self.last_taken = None;
             if *phase == Phase::StreamEnded {
                 let soon = self.since + self.linger_ping_interval();
                 self.next_ping = self.next_ping.min(soon);
@@ -281,6 +298,13 @@ impl Clocks {
     }
 
     fn step_in(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Step {
+        match self.step_of(now, seen, phase) {
+            Step::Wait(until) if seen.stream_failed => self.wait_or_held_back(now, seen, until),
+            step => step,
+        }
+    }
+
+    fn step_of(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Step {
         match phase {
             Phase::Open => self.open(now, seen),
             Phase::PeerClosed => self.ping_or(now, self.times.ping_interval, Duration::MAX),
@@ -406,6 +430,17 @@ impl Clocks {
         before.is_none_or(|before| left < before)
     }
 
+    /// Notes when that number has changed since it was asked last. While bytes are being written, a rise says as much as
+    /// a fall: there is room for more only where some were taken.
+    fn note_moved(&mut self, now: Duration, left: u64) {
+        let before = self.last_unacknowledged.replace(left);
+        if before.is_some_and(|before| left != before) {
+            self.last_taken = Some(now);
+        }
+    }
+
+    /// A peer that is seen to take bytes, not only to acknowledge what was on its way, has the time of a Close for the
+    /// rest.
     fn aborting(&mut self, now: Duration, seen: &Seen, all_sent: bool) -> Step {
         let last = self.since.max(seen.last_payload);
         let deadline = match (all_sent, seen.unacknowledged) {
@@ -418,6 +453,24 @@ impl Clocks {
             return Step::Cut(Cut::Aborted);
         }
         self.look_again_before(now, deadline)
+    }
+
+    /// A peer that is to be told that the stream has failed first takes what that had brought. If it takes nothing for as
+    /// long as a Close may take, it isn't waited for.
+    fn wait_or_held_back(&mut self, now: Duration, seen: &Seen, until: Duration) -> Step {
+        if let Unacknowledged::Bytes(left) = seen.unacknowledged {
+            self.note_moved(now, left);
+        }
+        let last = (*self.last_taken.get_or_insert(now)).max(seen.last_payload);
+        if now < last + SETTLE_LIMIT {
+            Step::Wait(until.min(last + SETTLE_LIMIT))
+        } else if seen.unacknowledged == Unacknowledged::NotAsked {
+            Step::Look
+        } else if now < last + CLOSE_LIMIT {
+            Step::Wait(until.min(now + SETTLE_LIMIT))
+        } else {
+            Step::HeldBack
+        }
     }
 
     fn look_again_before(&mut self, now: Duration, deadline: Duration) -> Step {
@@ -448,9 +501,12 @@ pub(super) fn watch(tunnel: &Tunnel) {
             watched.peer = Some(PollFlags::empty());
             tunnel.ends().peer_eof = true;
         }
-        if happened.stream {
+        if !happened.stream.is_empty() {
             watched.stream = false;
-            tunnel.ends().stream_broke = true;
+            let mut ends = tunnel.ends();
+            ends.stream_broke = true;
+            // A hang-up alone is an orderly end of both directions.
+            ends.stream_erred = happened.stream.contains(PollFlags::ERR);
         }
     }
 }
@@ -459,7 +515,7 @@ pub(super) fn watch(tunnel: &Tunnel) {
 fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
     let (mut unacknowledged, mut on_their_way) = Default::default();
     loop {
-        let (phase, changed_at) = {
+        let (phase, changed_at, stream_failed) = {
             let mut ends = tunnel.ends();
             let phase = Phase::of(tunnel.endpoint, &ends);
             // A reset is yet to be sent, behind what is on its way.
@@ -479,13 +535,14 @@ fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
                 close(tunnel, &Farewell::Shutdown);
                 continue;
             }
-            (phase, ends.changed_at)
+            (phase, ends.changed_at, ends.is_failure_unseen())
         };
         let now = tunnel.activity().age();
         let seen = Seen {
             changed_at,
             unacknowledged,
             on_their_way,
+            stream_failed,
             ..seen(tunnel)
         };
         match clocks.step(now, &seen, &phase) {
@@ -509,6 +566,7 @@ fn next_wait(tunnel: &Tunnel, clocks: &mut Clocks) -> Option<Duration> {
                     .reduce(|one, other| one + other);
                 on_their_way = Unacknowledged::found(known);
             }
+            Step::HeldBack => note_held_back(tunnel),
             Step::Leave => match tunnel.stream {
                 Stream::Stdio(_) => return None,
                 Stream::Tcp(_) => return Some(now + LOOK_AT_LEAST),
@@ -560,7 +618,7 @@ impl Watched {
 #[derive(Debug)]
 struct Happened {
     peer: PollFlags,
-    stream: bool,
+    stream: PollFlags,
 }
 
 /// Waits for a change, until `until`, or for what is `watched`.
@@ -578,7 +636,7 @@ fn wait_until(tunnel: &Tunnel, until: Duration, watched: Watched) -> Happened {
         std::thread::sleep(Duration::from_millis(10));
         return Happened {
             peer: nothing,
-            stream: false,
+            stream: nothing,
         };
     }
     if !fds[0].revents().is_empty() {
@@ -586,7 +644,7 @@ fn wait_until(tunnel: &Tunnel, until: Duration, watched: Watched) -> Happened {
     }
     Happened {
         peer: fds[1].revents(),
-        stream: !fds[2].revents().is_empty(),
+        stream: fds[2].revents(),
     }
 }
 
@@ -605,6 +663,19 @@ fn note_peer_broke(tunnel: &Tunnel) {
             None => ends.peer_eof |= tunnel.peer_is_unix && !ends.was_reset_in_write(),
         }
     });
+}
+
+/// The thread that reads the stream waits for the peer, and can't find out for itself.
+fn note_held_back(tunnel: &Tunnel) {
+    let why = match tunnel.stream.take_failure() {
+        Some(why) => WriteFailure::Failed(tunnel.stream.failure(tunnel.endpoint.role, &why)),
+        None => WriteFailure::Closed,
+    };
+    log::debug!(id = tunnel.state.id, why:? = why; "held back");
+    if matches!(why, WriteFailure::Failed(_)) {
+        tunnel.note_stream_failed();
+    }
+    tunnel.note_end(|ends| ends.held_back = Some(why));
 }
 
 /// Tells the peer, in whatever state the tunnel is. The Close goes out now, or behind the message that is being

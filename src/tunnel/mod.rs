@@ -373,7 +373,7 @@ impl Tunnel {
         }
         let is_orderly = end == FromStreamEnd::Eof;
         self.note_end(|ends| {
-            ends.from_stream = Some(end);
+            ends.end_from_stream(end);
             if self.peer_is_unix && ends.was_reset_in_write() {
                 ends.peer_eof = false;
             }

@@ -115,6 +115,14 @@ impl Stream {
         }
     }
 
+    /// Why it failed, in words, if it did; it is told again to whoever reads from it next.
+    pub(super) fn take_failure(&self) -> Option<String> {
+        match self {
+            Stream::Tcp(tcp) => tcp.take_failure(),
+            Stream::Stdio(_) => None,
+        }
+    }
+
     /// How much of what was given, the FIN behind it counted as one, has not arrived; `None` if nobody can tell.
     pub(super) fn unacknowledged(&self) -> Option<u64> {
         match self {

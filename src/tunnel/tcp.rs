@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,8 +37,8 @@ pub(crate) struct Tcp {
     /// Wakes a thread that waits for room to write. `shutdown` can't: on the write side it would send a FIN,
     /// and after an EOF the read side is shut down already.
     on_abort: Waker,
-    /// A write is under way that may take the socket's error, or hasn't noted it yet.
-    delivering: AtomicBool,
+    /// How many calls are under way that may take the socket's error, or haven't noted it yet.
+    taking_error: AtomicUsize,
     failure: Mutex<Option<WriteFailure>>,
 }
 
@@ -55,7 +55,7 @@ impl Tcp {
             aborted: AtomicBool::new(false),
             ack_due: AtomicBool::new(false),
             on_abort: Waker::new()?,
-            delivering: AtomicBool::new(false),
+            taking_error: AtomicUsize::new(0),
             failure: Mutex::new(None),
         })
     }
@@ -82,12 +82,12 @@ impl Tcp {
         let Some(stream) = self.stream() else {
             return Err(WriteFailure::Aborted);
         };
-        self.delivering.store(true, Ordering::SeqCst);
+        self.taking_error.fetch_add(1, Ordering::SeqCst);
         let result = write(&stream);
         if let Err(why) = &result {
             *lock(&self.failure) = Some(why.clone());
         }
-        self.delivering.store(false, Ordering::SeqCst);
+        self.taking_error.fetch_sub(1, Ordering::SeqCst);
         result
     }
 
@@ -213,6 +213,21 @@ impl Tcp {
             .is_some_and(|stream| !matches!(stream.take_error(), Ok(None)))
     }
 
+    /// See [`super::Stream::take_failure`]. `None` too when it was closed after an orderly end of its own.
+    pub(super) fn take_failure(&self) -> Option<String> {
+        let stream = self.stream()?;
+        self.taking_error.fetch_add(1, Ordering::SeqCst);
+        let mut failure = lock(&self.failure);
+        if let (None, Ok(Some(error))) = (&*failure, stream.take_error()) {
+            *failure = Some(WriteFailure::from(&error));
+        }
+        self.taking_error.fetch_sub(1, Ordering::SeqCst);
+        match &*failure {
+            Some(WriteFailure::Failed(why)) => Some(why.clone()),
+            _ => None,
+        }
+    }
+
     /// See [`super::Stream::receive`].
     pub(super) fn receive(&self, buffer: &mut [u8]) -> Received {
         let room = buffer.len();
@@ -294,7 +309,7 @@ impl Tcp {
         }
         // A call on a dead socket returns at once; the limit is for a machine that stands still.
         let limit = Instant::now() + Duration::from_secs(5);
-        while self.delivering.load(Ordering::SeqCst) && Instant::now() < limit {
+        while self.taking_error.load(Ordering::SeqCst) > 0 && Instant::now() < limit {
             thread::yield_now();
         }
         match &*lock(&self.failure) {
@@ -326,5 +341,57 @@ impl Tcp {
 
     fn is_aborted(&self) -> bool {
         self.aborted.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    }
+
+    fn reset(stream: TcpStream) {
+        sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+    }
+
+    #[test]
+    fn a_target_that_has_ended_is_not_probed() {
+        let (near, far) = connection();
+        sockopt::set_socket_keepalive(&near, true).unwrap();
+        let tcp = Tcp::new(near).unwrap();
+        (&far).write_all(b"x").unwrap();
+        assert_eq!(tcp.receive(&mut [0; 9]), Received::Bytes(1));
+        let is_probed = || sockopt::socket_keepalive(tcp.stream().unwrap()).unwrap();
+        assert!(is_probed());
+        drop(far);
+        assert_eq!(tcp.receive(&mut [0; 9]), Received::Eof);
+        assert!(!is_probed());
+    }
+
+    /// Or the next read would look like an orderly end.
+    #[test]
+    fn a_failure_that_was_taken_is_told_to_the_next_read_too() {
+        let (near, far) = connection();
+        let tcp = Tcp::new(near).unwrap();
+        assert_eq!(tcp.take_failure(), None);
+        (&far).write_all(b"x").unwrap();
+        reset(far);
+        os::wait(
+            &mut [PollFd::new(&*tcp.stream().unwrap(), PollFlags::RDHUP)],
+            None,
+        )
+        .unwrap();
+        let why = io::Error::from(Errno::CONNRESET).to_string();
+        assert_eq!(tcp.take_failure(), Some(why.clone()));
+        assert_eq!(tcp.take_failure(), Some(why.clone()));
+        assert_eq!(tcp.receive(&mut [0; 9]), Received::Bytes(1));
+        assert_eq!(tcp.receive(&mut [0; 9]), Received::Failed(why));
     }
 }

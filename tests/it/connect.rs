@@ -908,6 +908,30 @@ fn a_broken_end_is_a_reset_on_the_other_side() {
     client.logged("the local client failed: Connection reset by peer");
 }
 
+/// As over TCP, though neither the client nor the daemon can send anything more to the next.
+#[test]
+fn a_local_reset_comes_through_an_upload_that_the_target_does_not_take() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    for protocol in ["websocket", "connect-tcp"] {
+        let options = [&LOCAL[..], &["--protocol", protocol]].concat();
+        let client = Connect::to(&daemon, target.port, &options);
+        let mut local = client.dial();
+        let stream = target.accept();
+        local
+            .set_write_timeout(Some(Duration::from_millis(500)))
+            .unwrap();
+        while local.write(&[7; 50_000]).is_ok() {}
+        reset(local);
+        // Nothing is read, so only an error tells.
+        within(LIMIT, "the target is reset", || {
+            let error = stream.take_error().unwrap();
+            error.map(|error| assert_eq!(error.kind(), ErrorKind::ConnectionReset))
+        });
+        client.logged("the local client failed: Connection reset by peer");
+    }
+}
+
 #[test]
 fn a_local_client_learns_within_a_second_that_its_target_has_closed() {
     let daemon = Daemon::start(&[]);

@@ -546,6 +546,27 @@ fn a_client_reset_while_both_directions_are_blocked_is_noticed_within_a_second()
 }
 
 #[test]
+fn a_target_reset_behind_a_download_that_the_client_does_not_take_ends_the_tunnel() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let mut client = Client::open(&daemon, target.port);
+    let mut server = target.accept();
+    server
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    while server.write(&[1; 50_000]).is_ok() {}
+    reset(server);
+    daemon.logged(
+        1,
+        &["tunnel closed:", "end=target_failed ", "reset by peer"],
+    );
+    // What the sockets hold can still be read, and its end is no orderly one.
+    let (bytes, end) = client.see_all();
+    assert!(bytes.iter().all(|&byte| byte == 1));
+    assert_ne!(end, CLOSE_1000);
+}
+
+#[test]
 fn what_was_finished_in_order_is_not_taken_back_when_the_client_vanishes() {
     let mut command = Daemon::command(&[]);
     command.env("RUST_LOG", "debug");

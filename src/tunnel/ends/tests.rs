@@ -696,6 +696,31 @@ fn a_stream_that_breaks_between_its_own_end_and_the_peers_was_closed_early() {
 }
 
 #[test]
+fn what_broke_the_stream_comes_before_what_followed_from_that() {
+    let reset = || From::StreamFailed("reset".into());
+    let ended = |held_back: Option<WriteFailure>, end: From| {
+        let mut ends = Ends {
+            held_back,
+            stream_erred: true,
+            ..Ends::default()
+        };
+        assert_eq!(ends.is_failure_unseen(), ends.held_back.is_none());
+        ends.end_from_stream(end);
+        assert!(!ends.is_failure_unseen());
+        ends.from_stream
+    };
+    for end in [From::PeerGone(WriteFailure::Closed), From::Aborted] {
+        assert_eq!(ended(Some(failed("reset")), end.clone()), Some(reset()));
+        for held_back in [None, Some(WriteFailure::Closed)] {
+            assert_eq!(ended(held_back, end.clone()), Some(end.clone()));
+        }
+    }
+    for end in [reset(), From::Eof, From::Panicked] {
+        assert_eq!(ended(Some(failed("other")), end.clone()), Some(end));
+    }
+}
+
+#[test]
 fn a_failed_write_alone_was_told_of_the_peers_reset() {
     let told = |from_stream| ends(To::Vanished(None), from_stream).was_reset_in_write();
     assert!(told(From::PeerGone(failed("reset"))));

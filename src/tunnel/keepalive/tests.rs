@@ -34,6 +34,8 @@ struct Fake {
     clocks: Clocks,
     seen: Seen,
     phase: Phase,
+    /// What is found unacknowledged.
+    left: Unacknowledged,
 }
 
 impl Fake {
@@ -45,6 +47,7 @@ impl Fake {
                 ..Seen::default()
             },
             phase: Phase::Open,
+            left: Unacknowledged::Bytes(0),
         }
     }
 
@@ -77,6 +80,7 @@ impl Fake {
             match self.at(now) {
                 Step::Wait(until) => {
                     assert!(until > now, "no progress at {now:?}");
+                    self.seen.unacknowledged = Unacknowledged::NotAsked;
                     now = until.min(now + TIMES.linger / 2) + late;
                     if late > LATE {
                         self.clocks.note_late(late);
@@ -86,9 +90,9 @@ impl Fake {
                     self.seen.ping_written = now;
                     pings += 1;
                 }
-                Step::Look => self.seen.unacknowledged = Unacknowledged::Unknown,
+                Step::Look => self.seen.unacknowledged = self.left,
                 Step::Cut(cut) => return (pings, Some((now, cut))),
-                step @ (Step::LookAtBoth | Step::Leave) => panic!("{step:?} at {now:?}"),
+                step => panic!("{step:?} at {now:?}"),
             }
         }
         (pings, None)
@@ -415,6 +419,54 @@ fn a_server_may_take_as_long_as_its_target_after_the_clients_close() {
     assert_eq!(fake.at(at(1_000_000)), Step::Wait(Duration::MAX));
 }
 
+// The stream has failed, and what it had brought is still being sent
+
+fn failed_at(fake: &mut Fake, now: Duration, left: u64) {
+    fake.seen.stream_failed = true;
+    fake.seen.last_payload = now;
+    fake.left = Unacknowledged::Bytes(left);
+}
+
+#[test]
+fn a_peer_that_takes_nothing_of_a_failed_stream_holds_it_back_for_as_long_as_a_close_may_take() {
+    for phase in [Phase::Open, Phase::PeerClosed] {
+        for left in [Unacknowledged::Bytes(9), Unacknowledged::Unknown] {
+            both(|mut fake| {
+                fake.enter(phase.clone(), at(1));
+                failed_at(&mut fake, at(1), 0);
+                fake.left = left;
+                let mut now = at(1);
+                while let step @ (Step::Wait(_) | Step::Look) = fake.at(now) {
+                    fake.seen.unacknowledged = Unacknowledged::NotAsked;
+                    match step {
+                        Step::Wait(until) => now = until,
+                        _ => fake.seen.unacknowledged = left,
+                    }
+                }
+                assert_eq!(fake.at(now), Step::HeldBack);
+                assert!(now >= at(1) + CLOSE_LIMIT && now <= at(6), "{now:?}");
+            });
+        }
+    }
+}
+
+#[test]
+fn a_slow_reader_gets_all_that_a_failed_stream_had_brought() {
+    both(|mut fake| {
+        failed_at(&mut fake, at(1), 0);
+        // What is unacknowledged rises where a write goes on, and falls where it is taken.
+        for now in (1..28).step_by(2) {
+            fake.left = Unacknowledged::Bytes(100 + now % 4);
+            assert_eq!(fake.run(at(now), at(now + 2), Duration::ZERO).1, None);
+        }
+        let mut fake = Fake::new(Role::Daemon);
+        for now in 1..28 {
+            failed_at(&mut fake, at(now), 100);
+            assert_eq!(fake.run(at(now), at(now + 1), Duration::ZERO).1, None);
+        }
+    });
+}
+
 #[test]
 fn a_late_wake_moves_the_linger_by_the_lateness() {
     let mut fake = Fake::new(Role::Daemon);
@@ -449,6 +501,7 @@ fn each_phase_of_an_end_has_its_limit() {
     ] {
         for role in ROLES {
             let mut fake = Fake::new(role);
+            fake.left = Unacknowledged::Unknown;
             fake.phase = phase.clone();
             fake.seen.changed_at = at(7);
             let (_, ended) = fake.run(at(7), at(1000), Duration::ZERO);
@@ -637,6 +690,24 @@ fn the_phase_follows_from_what_has_ended() {
             },
             Aborting { all_sent: true },
             Aborting { all_sent: true },
+        ),
+        (
+            "the stream failed, and the peer takes nothing",
+            Ends {
+                held_back: Some(WriteFailure::Failed("reset".into())),
+                ..ends()
+            },
+            Closing,
+            Aborting { all_sent: false },
+        ),
+        (
+            "the stream was closed behind its end, which the peer has yet to take",
+            Ends {
+                held_back: Some(WriteFailure::Closed),
+                ..ends()
+            },
+            Open,
+            Open,
         ),
         (
             "broken",
