@@ -174,7 +174,7 @@ struct Arguments {
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = positive)]
     ping_timeout: Duration,
 
-    /// How long to wait for the daemon to close the connection once both sides have sent their Close
+    /// How long the daemon may be silent, without closing the connection, once both sides have sent their Close
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     linger: Duration,
 }

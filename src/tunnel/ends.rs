@@ -197,7 +197,7 @@ pub(super) enum Cut {
     Idle,
     /// A Close was not taken and answered in time.
     CloseTimeout,
-    /// Both sides have sent their Close, and the server leaves it to us to close the connection.
+    /// Both sides have sent their Close, and the server, without a sign of life, does not close the connection.
     LeftOpen,
 }
 
@@ -400,7 +400,14 @@ pub(super) fn outcome(endpoint: Endpoint, ends: &Ends) -> Outcome {
                 peer(role)
             ),
         ),
-        (Some(To::Closed), Some(From::Eof), None | Some(Cut::LeftOpen))
+        (_, _, Some(Cut::LeftOpen)) => (
+            End::PeerVanished,
+            format!(
+                "{} did not close its connection behind both ends: it may not have taken every byte",
+                peer(role)
+            ),
+        ),
+        (Some(To::Closed), Some(From::Eof), None)
             if !(role.waits_for_eof() && ends.peer_failure.is_some()) =>
         {
             (End::Orderly, "closed in order".into())

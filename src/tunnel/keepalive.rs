@@ -310,7 +310,7 @@ impl Clocks {
             Phase::PeerClosed => self.ping_or(now, self.times.ping_interval, Duration::MAX),
             Phase::StreamEnded if self.endpoint.waits_for_end() => Step::Wait(Duration::MAX),
             Phase::StreamEnded => self.stream_ended(now, seen),
-            Phase::BothClosed => self.until(now, self.since + self.times.linger, Cut::LeftOpen),
+            Phase::BothClosed => self.both_closed(now, seen),
             Phase::Aborting { all_sent } => self.aborting(now, seen, *all_sent),
             Phase::PeerBroken { is_given: true, .. } => Step::Cut(Cut::PeerBroken),
             Phase::PeerBroken {
@@ -396,24 +396,63 @@ impl Clocks {
     }
 
     /// The peer has the linger from its last sign of life. It is pinged more often, as a pong is one, and as
-    /// long as bytes lie before it, those it takes are.
+    /// long as bytes lie before it, those it takes are; where nobody can tell, it has the stall timeout.
     fn stream_ended(&mut self, now: Duration, seen: &Seen) -> Step {
         let linger = self.times.linger;
-        let interval = self.linger_ping_interval();
-        let deadline = self.since.max(self.last_life + self.forgiven) + linger;
-        if now < deadline {
-            return self.ping_or(now, interval, deadline);
+        let last = self.since.max(self.last_life + self.forgiven);
+        if now < last + linger {
+            return self.ping_behind(now, seen, last + linger);
         }
         if seen.blocked_on_stream || seen.unread {
-            return self.ping_or(now, interval, now + linger.max(LATE));
+            return self.ping_behind(now, seen, now + linger.max(LATE));
         }
+        let stalled = last + self.times.stall_timeout;
+        if seen.unacknowledged == Unacknowledged::Unknown && now < stalled {
+            return self.ping_behind(now, seen, stalled);
+        }
+        self.unless_taken(now, seen, Cut::Linger)
+    }
+
+    /// Not among bytes that come, which are a sign of life themselves: the client, or a proxy before it, may have closed
+    /// its connection behind its last ones, and would answer with a reset that destroys them.
+    fn ping_behind(&mut self, now: Duration, seen: &Seen, wait: Duration) -> Step {
+        let interval = self.linger_ping_interval();
+        let quiet = if seen.blocked_on_stream || seen.unread {
+            self.times.ping_interval
+        } else {
+            interval
+        };
+        let due = self.next_ping.max(seen.last_read + quiet);
+        if now < due {
+            return Step::Wait(wait.min(due));
+        }
+        self.ping_or(now, interval, wait)
+    }
+
+    /// The server has the linger from its last sign of life to close the connection. Behind bytes that no pong has
+    /// answered for it may still be giving them on, and has the stall timeout.
+    fn both_closed(&mut self, now: Duration, seen: &Seen) -> Step {
+        let limit = if seen.all_ponged {
+            self.times.linger
+        } else {
+            self.times.linger.max(self.times.stall_timeout)
+        };
+        let deadline = self.since.max(self.last_life + self.forgiven) + limit;
+        if now < deadline {
+            return Step::Wait(deadline);
+        }
+        self.unless_taken(now, seen, Cut::LeftOpen)
+    }
+
+    /// Another linger if the peer has acknowledged bytes, as that is a sign of life, too.
+    fn unless_taken(&mut self, now: Duration, seen: &Seen, cut: Cut) -> Step {
         match seen.unacknowledged {
             Unacknowledged::NotAsked => Step::Look,
             Unacknowledged::Bytes(left @ 1..) if self.takes_bytes(left) => {
                 self.last_life = now;
-                Step::Wait(now + linger)
+                Step::Wait(now + self.times.linger)
             }
-            _ => Step::Cut(Cut::Linger),
+            _ => Step::Cut(cut),
         }
     }
 

@@ -493,18 +493,20 @@ impl Tunnel {
         }
     }
 
-    /// Neither side has anything to say behind both ends. The client shows that; the daemon's thread that still reads
-    /// is woken, so that the connection can be closed.
+    /// Neither side has anything to say behind both ends. The client of a WebSocket waits for the server to close the
+    /// connection (RFC 6455 §7.1.1): a proxy that sees its FIN may close both of its own, with bytes on their way. That
+    /// of CONNECT-TCP shows it; the daemon's thread that still reads is woken, so that the connection can be closed.
     fn end_if_both_ended(&self) {
         let ends = self.ends();
         let is_whole = ends.undelivered.is_none() && ends.cut.is_none();
         if is_whole && ends.peer_closed && ends.from_stream == Some(FromStreamEnd::Eof) {
-            if !self.endpoint.protocol.has_words() {
-                let _ = sockopt::set_socket_linger(&*self.peer, None);
+            if self.endpoint.protocol.has_words() {
+                return;
             }
+            let _ = sockopt::set_socket_linger(&*self.peer, None);
             if self.endpoint.role.waits_for_eof() {
                 let _ = self.peer.shutdown(Shutdown::Write);
-            } else if self.endpoint.reads_after_end() {
+            } else {
                 self.stop_reading_peer();
             }
         }

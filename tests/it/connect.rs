@@ -1251,6 +1251,38 @@ fn bytes_right_behind_the_101_are_not_lost() {
     assert_eq!(client.ended(), (0, String::new()));
 }
 
+/// A proxy that sees a FIN may close both of its connections, with bytes of the upload on their way.
+#[test]
+fn behind_both_ends_it_is_the_server_that_closes_the_connection() {
+    let (url, server) = fake_server(b"\x88\x02\x03\xe8");
+    let mut client = Connect::spawn(Connect::command(&url, &[]));
+    let (mut stream, _) = server.join().unwrap();
+    assert_eq!(take(&mut stream, 8)[..2], [0x88, 0x82]);
+    stream
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let error = stream.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    assert_eq!(client.ended(), (0, String::new()));
+}
+
+#[test]
+fn a_server_that_leaves_the_connection_open_has_not_shown_that_the_upload_arrived() {
+    let (url, server) = fake_server(b"\x88\x02\x03\xe8");
+    let mut client = Connect::spawn(Connect::command(&url, &["--linger", "300ms"]));
+    let (mut stream, _) = server.join().unwrap();
+    assert_eq!(take(&mut stream, 8)[..2], [0x88, 0x82]);
+    // A ping is a sign of life.
+    for _ in 0..10 {
+        thread::sleep(Duration::from_millis(100));
+        stream.write_all(b"\x89\x00").unwrap();
+        assert_eq!(take(&mut stream, 6)[..2], [0x8a, 0x80]);
+    }
+    client.broke("the server did not close its connection behind both ends");
+}
+
 /// Message boundaries mean nothing, not even a last one that is missing.
 #[test]
 fn bytes_of_an_unfinished_message_are_not_lost() {
@@ -1410,7 +1442,7 @@ fn a_101_in_any_lawful_form_is_taken() {
         drop(client.stdin());
         assert_eq!(take(&mut client.stdout(), 2), b"hi", "{lines}");
         let (mut stream, _) = server.join().unwrap();
-        read_to_end(&mut stream);
+        assert_eq!(take(&mut stream, 8)[..2], [0x88, 0x82]);
         drop(stream);
         assert_eq!(client.ended(), (0, String::new()), "{lines}");
     }

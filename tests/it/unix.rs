@@ -170,6 +170,24 @@ fn what_lies_unread_when_a_client_closes_behind_its_close_arrives_as_a_whole() {
     daemon.logged(1, &["tunnel closed:", &format!("up={}", whole.0)]);
 }
 
+/// Nobody can tell what it has taken, only that it is there.
+#[test]
+fn a_slow_reader_behind_the_targets_end_has_more_than_the_linger() {
+    let (daemon, path, _directory) = start(&["--linger", "200ms"]);
+    let target = Target::listen();
+    let mut client = open(&path, target.port);
+    let mut stream = target.accept();
+    let down = Random::new(3).bytes(100_000);
+    stream.write_all(&down).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(client.see_all(), (down, CLOSE_1000));
+    client.send(b"late");
+    client.send_close(1000);
+    assert_eq!(read_to_end(&mut stream), (b"late".to_vec(), true));
+    daemon.logged(1, &["end=orderly"]);
+}
+
 #[test]
 fn a_client_that_is_gone_without_a_close_resets_the_target() {
     let (daemon, path, _directory) = start(&[]);

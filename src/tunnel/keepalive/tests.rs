@@ -369,6 +369,23 @@ fn after_the_targets_end_the_first_ping_is_due_within_half_the_linger() {
     assert_eq!(fake.at(at(21)), Step::Wait(at(41)));
 }
 
+/// Nor does it come often while the target takes nothing of them.
+#[test]
+fn after_the_targets_end_no_ping_comes_among_the_clients_bytes() {
+    let mut fake = Fake::new(Role::Daemon);
+    fake.enter(Phase::StreamEnded, at(1));
+    for now in 1..300 {
+        fake.seen.last_read = at(now);
+        let step = fake.at(at(now));
+        assert!(matches!(step, Step::Wait(_)), "{step:?} at {now}");
+    }
+    assert_eq!(fake.at(at(319)), Step::Ping);
+    fake.seen.last_read = at(330);
+    fake.seen.blocked_on_stream = true;
+    assert_eq!(fake.at(at(359)), Step::Wait(at(360)));
+    assert_eq!(fake.at(at(360)), Step::Ping);
+}
+
 #[test]
 fn after_the_targets_end_acknowledged_bytes_are_a_sign_of_life() {
     let mut fake = Fake::new(Role::Daemon);
@@ -388,11 +405,16 @@ fn after_the_targets_end_acknowledged_bytes_are_a_sign_of_life() {
 
 #[test]
 fn after_the_targets_end_a_client_with_all_acknowledged_has_no_more_than_the_linger() {
-    for unacknowledged in [Unacknowledged::Unknown, Unacknowledged::Bytes(0)] {
+    for (left, limit) in [
+        (Unacknowledged::Bytes(0), TIMES.linger),
+        // A client of a Unix socket, which is known to be there.
+        (Unacknowledged::Unknown, TIMES.stall_timeout),
+    ] {
         let mut fake = Fake::new(Role::Daemon);
+        fake.left = left;
         fake.enter(Phase::StreamEnded, at(1));
-        fake.seen.unacknowledged = unacknowledged;
-        assert_eq!(fake.at(at(41)), Step::Cut(Cut::Linger));
+        let (_, cut) = fake.run(at(1), at(1000), Duration::ZERO);
+        assert_eq!(cut, Some((at(1) + limit, Cut::Linger)), "{left:?}");
     }
 }
 
@@ -417,6 +439,33 @@ fn a_server_may_take_as_long_as_its_target_after_the_clients_close() {
         Step::Wait(Duration::MAX)
     );
     assert_eq!(fake.at(at(1_000_000)), Step::Wait(Duration::MAX));
+}
+
+#[test]
+fn behind_both_ends_the_server_has_the_linger_from_its_last_sign_of_life() {
+    for (all_ponged, limit) in [(true, TIMES.linger), (false, TIMES.stall_timeout)] {
+        let mut fake = Fake::new(Role::Client);
+        fake.seen.all_ponged = all_ponged;
+        fake.enter(Phase::BothClosed, at(1));
+        assert_eq!(fake.run(at(1), at(35), Duration::ZERO), (0, None));
+        fake.seen.last_read = at(35);
+        let (_, cut) = fake.run(at(35), at(1000), Duration::ZERO);
+        assert_eq!(cut, Some((at(35) + limit, Cut::LeftOpen)));
+    }
+}
+
+#[test]
+fn behind_both_ends_no_linger_ends_while_the_server_acknowledges_bytes() {
+    let mut fake = Fake::new(Role::Client);
+    fake.enter(Phase::BothClosed, at(1));
+    let mut now = at(41);
+    for left in [100, 99, 1] {
+        fake.left = Unacknowledged::Bytes(left);
+        assert_eq!(fake.run(now, now + ms(1), Duration::ZERO), (0, None));
+        now += TIMES.linger;
+    }
+    let (_, cut) = fake.run(now, at(1000), Duration::ZERO);
+    assert_eq!(cut, Some((now, Cut::LeftOpen)));
 }
 
 // The stream has failed, and what it had brought is still being sent
