@@ -103,6 +103,11 @@ impl Endpoint {
         self.role.waits_for_eof() || self.protocol == Protocol::ConnectTcp
     }
 
+    /// Whether the peer answers pings behind its end: a server goes on reading until it has the client's.
+    pub(super) fn answers_behind_close(self) -> bool {
+        self.role == Role::Client && self.protocol.has_pongs()
+    }
+
     /// Whether the peer may take its time for its own end after ours. A target may, and so a server; the client of a
     /// WebSocket that has been told of the target's end owes a Close, as there is no half-closed WebSocket.
     pub(super) fn waits_for_end(self) -> bool {

@@ -306,8 +306,10 @@ impl Clocks {
 
     fn step_of(&mut self, now: Duration, seen: &Seen, phase: &Phase) -> Step {
         match phase {
-            Phase::Open => self.open(now, seen),
-            Phase::PeerClosed => self.ping_or(now, self.times.ping_interval, Duration::MAX),
+            Phase::PeerClosed if !self.endpoint.answers_behind_close() => {
+                self.ping_or(now, self.times.ping_interval, Duration::MAX)
+            }
+            Phase::Open | Phase::PeerClosed => self.ping_and_judge(now, seen),
             Phase::StreamEnded if self.endpoint.waits_for_end() => Step::Wait(Duration::MAX),
             Phase::StreamEnded => self.stream_ended(now, seen),
             Phase::BothClosed => self.both_closed(now, seen),
@@ -347,7 +349,7 @@ impl Clocks {
         Step::Ping
     }
 
-    fn open(&mut self, now: Duration, seen: &Seen) -> Step {
+    fn ping_and_judge(&mut self, now: Duration, seen: &Seen) -> Step {
         if !self.endpoint.protocol.has_pongs() {
             return self.ping_or(now, self.times.ping_interval, Duration::MAX);
         }

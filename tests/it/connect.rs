@@ -587,6 +587,21 @@ fn a_daemon_that_falls_silent_is_given_up() {
 }
 
 #[test]
+fn a_daemon_that_falls_silent_behind_the_targets_end_is_given_up_too() {
+    let daemon = Daemon::start(&[]);
+    let target = Target::listen();
+    let options = ["--ping-interval", "300ms", "--ping-timeout", "200ms"];
+    let client = Connect::to(&daemon, target.port, &[&LOCAL[..], &options].concat());
+    let mut local = client.dial();
+    let stream = target.accept();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(local.read(&mut [0]).unwrap(), 0);
+    daemon.signal(Signal::STOP);
+    client.logged("the server gave no sign of life, nor answered a ping");
+    daemon.signal(Signal::CONT);
+}
+
+#[test]
 fn a_target_that_takes_nothing_is_not_taken_for_a_dead_daemon() {
     let daemon = Daemon::start(&[]);
     let target = Target::listen();

@@ -630,28 +630,29 @@ fn what_differs_between_the_two_ends() {
             endpoint.reads_after_end(),
             endpoint.waits_for_end(),
             endpoint.role.waits_for_eof(),
+            endpoint.answers_behind_close(),
         ]
     };
     for (role, protocol, expected) in [
         (
             Role::Daemon,
             Protocol::WebSocket,
-            [false, true, true, false, false, false],
+            [false, true, true, false, false, false, false],
         ),
         (
             Role::Client,
             Protocol::WebSocket,
-            [true, false, false, true, true, true],
+            [true, false, false, true, true, true, true],
         ),
         (
             Role::Daemon,
             Protocol::ConnectTcp,
-            [false, true, false, true, true, false],
+            [false, true, false, true, true, false, false],
         ),
         (
             Role::Client,
             Protocol::ConnectTcp,
-            [false, false, false, true, true, true],
+            [false, false, false, true, true, true, false],
         ),
     ] {
         assert_eq!(of(role, protocol), expected, "{role:?} {protocol:?}");

@@ -334,13 +334,28 @@ fn a_frozen_process_gives_a_slow_reader_the_rest_of_its_stall_timeout() {
 // One direction has ended
 
 #[test]
-fn after_the_peers_close_it_is_pinged_and_never_cut() {
-    both(|mut fake| {
-        fake.seen.all_ponged = false;
+fn after_the_clients_close_it_is_pinged_and_never_cut() {
+    for all_ponged in [false, true] {
+        let mut fake = Fake::new(Role::Daemon);
+        fake.seen.all_ponged = all_ponged;
         fake.enter(Phase::PeerClosed, at(1));
         let (pings, cut) = fake.run(at(1), at(100_001), Duration::ZERO);
         assert_eq!((pings, cut), (3333, None));
-    });
+    }
+}
+
+#[test]
+fn after_the_servers_close_its_silence_is_judged_as_before() {
+    for (all_ponged, expected) in [
+        (true, (at(35), Cut::PongTimeout)),
+        (false, (at(300), Cut::Stalled)),
+    ] {
+        let mut fake = Fake::new(Role::Client);
+        fake.seen.all_ponged = all_ponged;
+        fake.enter(Phase::PeerClosed, at(1));
+        let (_, cut) = fake.run(at(1), at(1000), Duration::ZERO);
+        assert_eq!(cut, Some(expected));
+    }
 }
 
 #[test]
