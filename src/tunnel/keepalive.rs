@@ -484,11 +484,17 @@ impl Clocks {
     /// rest.
     fn aborting(&mut self, now: Duration, seen: &Seen, all_sent: bool) -> Step {
         let last = self.since.max(seen.last_payload);
+        if let Unacknowledged::Bytes(left) = seen.unacknowledged {
+            self.note_moved(now, left);
+        }
         let deadline = match (all_sent, seen.unacknowledged) {
-            (true, Unacknowledged::NotAsked) => return Step::Look,
+            (_, Unacknowledged::NotAsked) => return Step::Look,
             (true, Unacknowledged::Bytes(0)) => now,
             (true, Unacknowledged::Unknown) => last + BLIND_ARRIVAL_LIMIT,
-            (true, Unacknowledged::Bytes(_)) | (false, _) => last + ARRIVAL_LIMIT,
+            _ if self.last_taken > Some(self.since + BLIND_ARRIVAL_LIMIT) => {
+                (last + ARRIVAL_LIMIT).max(self.since + CLOSE_LIMIT)
+            }
+            _ => last + ARRIVAL_LIMIT,
         };
         if now >= deadline {
             return Step::Cut(Cut::Aborted);

@@ -589,6 +589,34 @@ fn what_is_not_delivered_is_told_once_the_peers_bytes_have_arrived() {
 }
 
 #[test]
+fn a_peer_that_takes_bytes_has_the_limit_of_a_close_for_the_last_of_them() {
+    for all_sent in [false, true] {
+        for (falls_until, expected) in [
+            (at(1), at(1) + ARRIVAL_LIMIT),
+            // What was on its way arrives, whether it is read or not.
+            (ms(1_100), at(1) + ARRIVAL_LIMIT),
+            (ms(1_500), at(1) + CLOSE_LIMIT),
+            (at(100), at(1) + CLOSE_LIMIT),
+        ] {
+            both(|mut fake| {
+                fake.enter(Phase::Aborting { all_sent }, at(1));
+                let mut now = at(1);
+                let cut = loop {
+                    let left = 1_000_000 - now.min(falls_until).as_millis() as u64;
+                    fake.left = Unacknowledged::Bytes(left);
+                    if let (_, Some((when, cut))) = fake.run(now, now + ms(1), Duration::ZERO) {
+                        assert_eq!(cut, Cut::Aborted);
+                        break when;
+                    }
+                    now += ms(1);
+                };
+                assert_eq!(cut, expected, "{all_sent}");
+            });
+        }
+    }
+}
+
+#[test]
 fn bytes_that_move_lengthen_what_is_counted_from_the_last_of_them() {
     both(|mut fake| {
         fake.enter(Phase::Aborting { all_sent: false }, at(1));
