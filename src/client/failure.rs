@@ -1,7 +1,5 @@
 //! Why there is no tunnel: a sentence for a person, and a kind for whoever decides by it.
 
-use std::sync::{Arc, OnceLock};
-
 /// Why there is no tunnel.
 #[derive(Debug)]
 pub struct Failure {
@@ -87,7 +85,3 @@ impl From<String> for Failure {
         }
     }
 }
-
-/// Why TLS broke after its handshake, for a person. With TLS 1.3 a server says only then what it thinks of the client's
-/// certificate.
-pub type Alert = Arc<OnceLock<String>>;

@@ -8,8 +8,9 @@ use socket2::SockRef;
 use url::Url;
 
 use super::answer::{Head, NoAnswer, read_head};
+use super::carrier::Carrier;
 use super::deadline::{Until, about};
-use super::failure::{Alert, Failure, Kind, Reason};
+use super::failure::{Failure, Kind, Reason};
 use super::forward::Destination;
 use super::options::Config;
 use super::proxy::Proxy;
@@ -33,6 +34,8 @@ pub struct Upgraded {
     /// The connection, blocking and without timeouts. Under TLS it is a Unix socket with the plain bytes, on which
     /// what is TCP's alone fails.
     pub socket: TcpStream,
+    /// What carries it, if it is such a one.
+    pub carrier: Carrier,
     /// What came behind the head of the 101.
     pub early: Vec<u8>,
     /// For what the server says from now on.
@@ -60,7 +63,10 @@ pub fn open(
         format!("{} does not upgrade to {what}: {why}", server.address)
     })?;
     let Asked {
-        socket, redactor, ..
+        socket,
+        carrier,
+        redactor,
+        ..
     } = asked;
     let reset = socket.set_read_timeout(None);
     reset
@@ -68,6 +74,7 @@ pub fn open(
         .map_err(|error| format!("cannot use the connection to {}: {error}", server.address))?;
     Ok(Upgraded {
         socket,
+        carrier,
         early: asked.received,
         redactor,
     })
@@ -95,13 +102,13 @@ pub fn check(config: &Config) -> Result<(), Failure> {
 /// A server that has been asked.
 struct Asked {
     socket: TcpStream,
+    carrier: Carrier,
     upgrade: Upgrade,
     deadline: Instant,
     /// From the request to `deadline`, and what that is to the user.
     limit: String,
     received: Vec<u8>,
     redactor: Redactor,
-    alert: Alert,
 }
 
 /// Connects to the server and asks it for `url`. The answer may take as long as `limit`.
@@ -111,8 +118,7 @@ fn ask(config: &Config, url: &Url, limit: Duration) -> Result<Asked, Failure> {
     let redactor = Redactor::new(token.as_deref())
         .and(config.headers.secrets(), "(a header's value)")
         .and(of_proxy, "(the proxy's password)");
-    let alert = Alert::default();
-    let socket = connect(config, &redactor, &alert)?;
+    let (socket, carrier) = connect(config, &redactor)?;
     let deadline = Instant::now() + limit;
     let upgrade = Upgrade::new(config.protocol);
     let request = request(config, url, &upgrade, token.as_deref());
@@ -120,12 +126,12 @@ fn ask(config: &Config, url: &Url, limit: Duration) -> Result<Asked, Failure> {
     let _ = Until::new(&socket, deadline).write_all(request.as_bytes());
     Ok(Asked {
         socket,
+        carrier,
         upgrade,
         deadline,
         limit: named(limit, config.dial_timeout),
         received: Vec::new(),
         redactor,
-        alert,
     })
 }
 
@@ -142,7 +148,7 @@ impl Asked {
                     "no answer from {} within {}: raise it if the daemon or the target is only slow",
                     server.address, self.limit
                 )),
-                NoAnswer::Closed(how) => match self.alert.get() {
+                NoAnswer::Closed(how) => match self.carrier.alert() {
                     Some(why) => format!("no TLS with {}: {why}", server.address).into(),
                     None => Failure::not_there(of_server(how)),
                 },
@@ -175,7 +181,7 @@ fn named(limit: Duration, dial_timeout: Duration) -> String {
     }
 }
 
-fn connect(config: &Config, redactor: &Redactor, alert: &Alert) -> Result<TcpStream, Failure> {
+fn connect(config: &Config, redactor: &Redactor) -> Result<(TcpStream, Carrier), Failure> {
     let server = &config.server;
     let deadline = Instant::now() + config.dial_timeout;
     let stream = match &config.proxy {
@@ -191,8 +197,8 @@ fn connect(config: &Config, redactor: &Redactor, alert: &Alert) -> Result<TcpStr
     // Without it a pong waits behind more bytes.
     let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
     match &config.trust {
-        Some(trust) => trust.encrypt(stream, server, redactor, alert, deadline),
-        None => Ok(stream),
+        Some(trust) => trust.encrypt(stream, server, config.protocol, redactor, deadline),
+        None => Ok((stream, Carrier::default())),
     }
 }
 

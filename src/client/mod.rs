@@ -5,12 +5,13 @@
 //! 1. [`options`] checks the command line: the [`server`], and what each [`forward`] leads to;
 //! 2. [`listen`] accepts local connections, of which some say by [`socks`] where they want to go;
 //! 3. [`handshake`], again and again if it is to be [`waiting`], dials the server, or a [`proxy`] on the way, and
-//!    upgrades, through [`tls`] for wss, each before a [`deadline`]; a [`refusal`] is told, and so is whatever else a
-//!    server says, through a [`redactor`];
+//!    upgrades, through [`tls`] and its [`carrier`] for wss, each before a [`deadline`]; a [`refusal`] is told, and so
+//!    is whatever else a server says, through a [`redactor`];
 //! 4. the [`tunnel`] relays, as the daemon's does;
 //! 5. an orderly end on one side becomes an orderly end on the other, a broken one a broken one.
 
 pub mod answer;
+pub mod carrier;
 pub mod deadline;
 pub mod failure;
 pub mod forward;
@@ -149,13 +150,20 @@ fn run_tunnel(
     let state = Arc::new(State::new(0).map_err(cannot)?);
     let stream = local.let_in().map_err(cannot)?;
     (watch.opened)()?;
+    let peer = Arc::new(upgraded.socket);
     let sides = Sides {
-        peer: Arc::new(upgraded.socket),
+        peer: Arc::clone(&peer),
+        peer_failure: upgraded.carrier.failure(),
         early: upgraded.early,
         protocol: config.protocol,
         stream,
     };
-    let outcome = tunnel::run(threads, sides, config.times, &state).map_err(cannot)?;
+    let mut outcome = tunnel::run(threads, sides, config.times, &state).map_err(cannot)?;
+    let is_orderly = outcome.end == End::Orderly;
+    match upgraded.carrier.leave(&peer, is_orderly) {
+        Err(why) if is_orderly => outcome = Outcome::not_all_sent(&why),
+        _ => {}
+    }
     let reason = upgraded.redactor.printable(&outcome.reason);
     Ok(Closed {
         outcome,

@@ -4,9 +4,11 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::time::Instant;
 
-use super::failure::{Alert, Failure};
+use super::carrier::Carrier;
+use super::failure::Failure;
 use super::redactor::Redactor;
 use super::server::{OwnCertificate, Server};
+use crate::tunnel::Protocol;
 
 /// There is none.
 #[derive(Debug, Clone)]
@@ -29,10 +31,10 @@ impl Trust {
         &self,
         _tcp: TcpStream,
         _server: &Server,
+        _protocol: Protocol,
         _redactor: &Redactor,
-        _alert: &Alert,
         _deadline: Instant,
-    ) -> Result<TcpStream, Failure> {
+    ) -> Result<(TcpStream, Carrier), Failure> {
         match *self {}
     }
 }

@@ -5,14 +5,17 @@
 //! and the TCP connection. Each direction holds a few records at most and takes no more until they have gone
 //! on.
 //!
-//! An end is passed on as it is known: a `close_notify`, an EOF without one and a failure all end the plain
-//! bytes, and the WebSocket tells by its Close whether they are complete.
+//! An end is passed on as it is. A `close_notify` is an EOF of the plain bytes, and so is an EOF without one where the
+//! Close of a WebSocket tells whether they are complete. Any other end is a failure, which the [`Carrier`]'s notes tell
+//! before the plain bytes end. The client's end of its direction becomes a `close_notify`, and so does its close if it
+//! leaves in order; any other close becomes a reset.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,12 +35,14 @@ use rustls::{
     SignatureScheme,
 };
 
+use super::carrier::{Carrier, CarrierThread, Notes};
 use super::deadline::{Until, remaining};
-use super::failure::{Alert, Failure};
+use super::failure::Failure;
 use super::identity::{self, certificates_in};
 use super::redactor::Redactor;
 use super::server::{OwnCertificate, Server};
 use crate::os;
+use crate::tunnel::Protocol;
 
 /// rustls verifies and decrypts on it.
 const STACK: usize = 256 * 1024;
@@ -45,8 +50,17 @@ const STACK: usize = 256 * 1024;
 /// The most plain bytes in a record (RFC 8446 §5.1).
 const RECORD: usize = 16 * 1024;
 
-/// How long the last bytes may take once the rest of the client has left its end of the pair.
-const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+/// How long the server may take for each part of the last bytes, once the rest of the client has left in order.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long all of them may take if it has not: the server is to learn within a second that there is no orderly end.
+const BREAK_LIMIT: Duration = Duration::from_millis(100);
+
+/// How long what a failed connection had brought may take to be given on. It has some time more in the pair.
+const SETTLE_LIMIT: Duration = Duration::from_millis(250);
+
+/// How long the rest of the client may take, once it has closed its end of the pair, to say whether that was in order.
+const WORD_LIMIT: Duration = Duration::from_secs(3);
 
 /// The certificates that a server may show, and the client's own.
 #[derive(Debug, Clone)]
@@ -96,8 +110,8 @@ impl Trust {
         Ok(Trust(Arc::new(config)))
     }
 
-    /// Shakes hands over `tcp` until `deadline`, and returns the socket with the plain bytes. Before these end because
-    /// TLS is broken, `alert` is set.
+    /// Shakes hands over `tcp` until `deadline`, and returns the socket with the plain bytes of `protocol`, and what
+    /// carries it.
     ///
     /// # Errors
     /// Why not, in a sentence.
@@ -105,10 +119,10 @@ impl Trust {
         &self,
         tcp: TcpStream,
         server: &Server,
+        protocol: Protocol,
         redactor: &Redactor,
-        alert: &Alert,
         deadline: Instant,
-    ) -> Result<TcpStream, Failure> {
+    ) -> Result<(TcpStream, Carrier), Failure> {
         let cannot = |why: String| format!("no TLS with {}: {why}", server.address);
         let name = server_name(server)
             .ok_or_else(|| cannot("its host name is not valid for TLS".into()))?;
@@ -124,7 +138,7 @@ impl Trust {
                 }
             })?;
         }
-        let started = Pump::start(tls, tcp, Arc::clone(alert));
+        let started = Pump::start(tls, tcp, protocol);
         started.map_err(|error| cannot(error.to_string()).into())
     }
 }
@@ -316,64 +330,111 @@ fn meaning(text: &str) -> Option<&'static str> {
 /// How many records go one way before the other has its turn.
 const TURN: usize = 8;
 
-/// Moves bytes between the plain end and the TCP connection. It waits nowhere but in `poll`.
+/// Moves bytes between the plain end and the TCP connection. It waits nowhere but in `poll`, and once for the client's
+/// word on how it has left.
 struct Pump {
     tls: ClientConnection,
     tcp: TcpStream,
     plain: UnixStream,
+    notes: Arc<Notes>,
+    /// Whether the client leaves in order.
+    leaves_in_order: Receiver<bool>,
+    /// Bytes that end without a `close_notify` are not all that there were.
+    needs_close_notify: bool,
     /// Decrypted and not yet taken by the client.
     decrypted: Vec<u8>,
     /// The client sends nothing more.
     plain_ended: bool,
     /// The server sends nothing more.
     tls_ended: bool,
+    /// The TCP connection has ended both ways. It may still have bytes for us.
+    tcp_hung_up: bool,
     server_closed_read: bool,
     eof_sent_to_client: bool,
+    close_notify_sent: bool,
     eof_sent_to_server: bool,
-    /// When the client left its end of the pair.
-    left: Option<Instant>,
-    alert: Alert,
+    /// The client has ended in order, and all that it had sent before was given to the system.
+    all_given: bool,
+    left: Option<Left>,
+    /// When the server's connection was found to have failed.
+    failed: Option<Instant>,
+}
+
+/// The client has left its end of the pair.
+#[derive(Clone, Copy)]
+struct Left {
+    in_order: bool,
+    /// When that was, or when the server last took bytes of a client that has left in order.
+    since: Instant,
 }
 
 impl Pump {
     /// Starts the thread and returns the client's end.
-    fn start(tls: ClientConnection, tcp: TcpStream, alert: Alert) -> io::Result<TcpStream> {
+    fn start(
+        tls: ClientConnection,
+        tcp: TcpStream,
+        protocol: Protocol,
+    ) -> io::Result<(TcpStream, Carrier)> {
         let (plain, of_client) = UnixStream::pair()?;
         tcp.set_nonblocking(true)?;
         plain.set_nonblocking(true)?;
+        let notes = Arc::<Notes>::default();
+        let (tell, leaves_in_order) = channel();
         let mut pump = Pump {
             tls,
             tcp,
             plain,
+            notes: Arc::clone(&notes),
+            leaves_in_order,
+            needs_close_notify: !protocol.has_words(),
             decrypted: Vec::new(),
             plain_ended: false,
             tls_ended: false,
+            tcp_hung_up: false,
             server_closed_read: false,
             eof_sent_to_client: false,
+            close_notify_sent: false,
             eof_sent_to_server: false,
+            all_given: false,
             left: None,
-            alert,
+            failed: None,
         };
         let thread = thread::Builder::new().name("tls".into()).stack_size(STACK);
-        thread.spawn(move || pump.run())?;
-        Ok(TcpStream::from(OwnedFd::from(of_client)))
+        let thread = CarrierThread {
+            leaves_in_order: tell,
+            handle: thread.spawn(move || pump.run())?,
+        };
+        let socket = TcpStream::from(OwnedFd::from(of_client));
+        Ok((socket, Carrier::new(notes, thread)))
     }
 
-    fn run(&mut self) {
+    /// Returns whether all that the client has sent was given to the system.
+    fn run(&mut self) -> bool {
         // The handshake may have brought bytes along.
         self.decrypt();
-        loop {
-            self.up();
-            self.down();
-            self.pass_on_ends();
-            let is_over = self.plain_ended && !self.wants_send();
-            if is_over && self.tls_ended && self.decrypted.is_empty() {
-                return;
-            }
+        while self.advance() {
             if let Err(error) = self.wait() {
-                return log::debug!("TLS is given up: {error}");
+                log::debug!("TLS is given up: {error}");
+                break;
             }
         }
+        let is_broken = self.failed.is_some() || self.left.is_some_and(|left| !left.in_order);
+        if is_broken || !self.all_given {
+            // Nobody is to take this for an orderly end: the TCP connection is reset.
+            let _ = sockopt::set_socket_linger(&self.tcp, Some(Duration::ZERO));
+        }
+        self.all_given
+    }
+
+    /// Moves what can be moved without a wait. Returns whether there is anything left to wait for.
+    fn advance(&mut self) -> bool {
+        self.up();
+        self.down();
+        self.close_up();
+        self.close_down();
+        let is_down_over = self.tls_ended && self.decrypted.is_empty();
+        let is_up_over = self.plain_ended && !self.wants_send();
+        !is_up_over || !is_down_over && self.left.is_none()
     }
 
     /// From the client to the server, each record once the one before is sent.
@@ -387,33 +448,38 @@ impl Pump {
             match ready((&self.plain).read(&mut record)) {
                 None => return,
                 Some(Ok(count @ 1..)) => {
-                    self.server_closed_read |=
-                        self.tls.writer().write_all(&record[..count]).is_err();
-                }
-                Some(Ok(0) | Err(_)) => {
-                    self.plain_ended = true;
-                    if self.is_left() {
-                        return self.break_off();
+                    let taken = self.tls.writer().write_all(&record[..count]);
+                    if taken.is_err() {
+                        self.stop_sending();
                     }
-                    self.tls.send_close_notify();
                 }
+                Some(Ok(0) | Err(_)) => self.end_up(),
             }
         }
     }
 
-    /// Whether the client has closed its end of the pair too early. In order it only ends its direction, and waits for
-    /// the server's end.
-    fn is_left(&self) -> bool {
-        !self.eof_sent_to_client && os::ready(&self.plain, PollFlags::IN).contains(PollFlags::HUP)
+    /// All that the client has sent was given to the system. It only ends its direction, or has left, in order or not.
+    fn end_up(&mut self) {
+        self.plain_ended = true;
+        if os::is_hung_up(&self.plain) {
+            self.note_left();
+        }
+        self.all_given = self.left.is_none_or(|left| left.in_order);
     }
 
-    /// Without a `close_notify`, so that nobody takes this for an orderly end; the TCP connection is reset.
-    fn break_off(&mut self) {
-        self.send();
-        let _ = sockopt::set_socket_linger(&self.tcp, Some(Duration::ZERO));
-        self.eof_sent_to_server = true;
-        self.server_closed_read = true;
-        self.note_left();
+    /// Behind all that the client has sent. Where the server's `close_notify` counts, ours is not sent before: nginx
+    /// leaves its own out once it has read one.
+    fn close_up(&mut self) {
+        let is_awaited = self.needs_close_notify && !self.tls_ended && self.left.is_none();
+        if self.all_given && !self.close_notify_sent && !is_awaited {
+            self.close_notify_sent = true;
+            self.tls.send_close_notify();
+            self.send();
+        }
+        if self.close_notify_sent && !self.wants_send() && !self.eof_sent_to_server {
+            self.eof_sent_to_server = true;
+            let _ = self.tcp.shutdown(Shutdown::Write);
+        }
     }
 
     /// What is encrypted already. What a server that takes nothing more has sent before can still be read.
@@ -421,12 +487,10 @@ impl Pump {
         while self.wants_send() {
             match ready(self.tls.write_tls(&mut &self.tcp)) {
                 None => return,
-                Some(Ok(_)) => {}
+                Some(Ok(_)) => self.note_progress(),
                 Some(Err(error)) => {
                     log::debug!("TLS can't be sent: {error}");
-                    self.server_closed_read = true;
-                    self.plain_ended = true;
-                    let _ = self.plain.shutdown(Shutdown::Read);
+                    self.note_error(&error);
                 }
             }
         }
@@ -434,6 +498,12 @@ impl Pump {
 
     fn wants_send(&self) -> bool {
         self.tls.wants_write() && !self.server_closed_read
+    }
+
+    fn stop_sending(&mut self) {
+        self.server_closed_read = true;
+        self.plain_ended = true;
+        let _ = self.plain.shutdown(Shutdown::Read);
     }
 
     /// From the server to the client, once the client has taken everything before.
@@ -445,18 +515,22 @@ impl Pump {
             }
             match ready(self.tls.read_tls(&mut &self.tcp)) {
                 None => return,
-                Some(Ok(0)) => self.tls_ended = true,
+                Some(Ok(0)) => self.note_eof(),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
                     log::debug!("TLS can't be received: {error}");
+                    self.note_error(&error);
                     self.tls_ended = true;
                 }
             }
-            // An alert for the server may be due now.
             if let Err(error) = self.tls.process_new_packets() {
                 log::debug!("TLS is broken: {error}");
                 let why = error.to_string();
-                let _ = self.alert.set(meaning(&why).map_or(why, str::to_owned));
+                let why = meaning(&why).map_or(why, str::to_owned);
+                let _ = self.notes.alert.set(why.clone());
+                // An alert for the server may be due.
+                self.send();
+                self.fail(why);
                 self.tls_ended = true;
             }
             self.decrypt();
@@ -478,8 +552,14 @@ impl Pump {
         }
     }
 
+    /// To nobody, once the client has left: it is only taken so that the connection doesn't end with a reset for what
+    /// lies unread.
     fn give(&mut self) {
         while !self.decrypted.is_empty() {
+            if self.left.is_some() {
+                self.decrypted = Vec::new();
+                return;
+            }
             match ready((&self.plain).write(&self.decrypted)) {
                 None => return,
                 Some(Ok(count)) => drop(self.decrypted.drain(..count)),
@@ -488,26 +568,66 @@ impl Pump {
         }
     }
 
-    fn pass_on_ends(&mut self) {
-        if self.tls_ended && self.decrypted.is_empty() && !self.eof_sent_to_client {
+    /// After a failure the client's end is closed instead: both of its directions end at once.
+    fn close_down(&mut self) {
+        let is_down_over = self.tls_ended && self.decrypted.is_empty();
+        if is_down_over && self.failed.is_none() && !self.eof_sent_to_client {
             self.eof_sent_to_client = true;
             let _ = self.plain.shutdown(Shutdown::Write);
         }
-        if self.plain_ended && !self.wants_send() && !self.eof_sent_to_server {
-            self.eof_sent_to_server = true;
-            let _ = self.tcp.shutdown(Shutdown::Write);
-        }
     }
 
-    /// Nobody takes the server's bytes any more. What the client has sent still goes out.
-    fn note_left(&mut self) {
-        self.left.get_or_insert(Instant::now());
-        self.decrypted = Vec::new();
+    /// The TCP connection has ended without a `close_notify`.
+    fn note_eof(&mut self) {
+        if self.needs_close_notify {
+            self.fail("TLS ended without a close_notify".into());
+        }
         self.tls_ended = true;
     }
 
-    /// Waits until one of the sockets can go on. One of which nothing is wanted is left out, as a poll
-    /// returns at once for a socket that has ended; but the client's is asked whether the client has left.
+    /// After a FIN a reset is EPIPE (tcp_reset in Linux): what the server had sent until then is whole.
+    fn note_error(&mut self, error: &io::Error) {
+        if self.tls_ended || error.kind() == ErrorKind::BrokenPipe {
+            self.stop_sending();
+        } else {
+            self.fail(error.to_string());
+        }
+    }
+
+    /// The server's connection is broken. What it has brought is still given to the client, for a while.
+    fn fail(&mut self, why: String) {
+        let _ = self.notes.failure.set(why);
+        self.failed.get_or_insert_with(Instant::now);
+        self.stop_sending();
+    }
+
+    /// Nobody takes the server's bytes any more. What the client has sent still goes out, for a while.
+    fn note_left(&mut self) {
+        if self.left.is_some() {
+            return;
+        }
+        let in_order = match self.leaves_in_order.recv_timeout(WORD_LIMIT) {
+            Ok(in_order) => in_order,
+            Err(RecvTimeoutError::Timeout) => false,
+            // No tunnel came of the connection.
+            Err(RecvTimeoutError::Disconnected) => self.eof_sent_to_client,
+        };
+        self.left = Some(Left {
+            in_order,
+            since: Instant::now(),
+        });
+    }
+
+    fn note_progress(&mut self) {
+        if let Some(left) = &mut self.left
+            && left.in_order
+        {
+            left.since = Instant::now();
+        }
+    }
+
+    /// Waits until one of the sockets can go on. Each is asked in any case whether it has hung up, which is told whether
+    /// asked for or not, until it has: a poll returns at once for it from then on.
     fn wait(&mut self) -> io::Result<()> {
         let wanted = |read, write| {
             let mut flags = PollFlags::empty();
@@ -515,31 +635,53 @@ impl Pump {
             flags.set(PollFlags::OUT, write);
             flags
         };
-        let of_tcp = wanted(
-            !self.tls_ended && self.decrypted.is_empty(),
-            self.wants_send(),
-        );
+        let reads_tcp = !self.tls_ended && self.decrypted.is_empty();
+        let of_tcp = wanted(reads_tcp, self.wants_send());
         let of_plain = wanted(
             !self.plain_ended && !self.wants_send(),
             !self.decrypted.is_empty(),
         );
+        let asks_tcp = !of_tcp.is_empty() || !self.tls_ended && !self.tcp_hung_up;
+        let asks_plain = !of_plain.is_empty() || self.left.is_none();
         let mut fds = Vec::with_capacity(2);
-        if !of_tcp.is_empty() {
-            fds.push(PollFd::new(&self.tcp, of_tcp));
+        fds.extend(asks_tcp.then(|| PollFd::new(&self.tcp, of_tcp)));
+        fds.extend(asks_plain.then(|| PollFd::new(&self.plain, of_plain)));
+        os::wait(&mut fds, self.time_left()?)?;
+        let hung_up = |fd: &PollFd<'_>| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR);
+        let tcp_hung_up = asks_tcp && fds.first().is_some_and(hung_up);
+        let plain_hung_up = asks_plain && fds.last().is_some_and(hung_up);
+        // A read tells it in its place.
+        if tcp_hung_up && !reads_tcp {
+            self.note_tcp_hung_up();
         }
-        if self.left.is_none() || !of_plain.is_empty() {
-            fds.push(PollFd::new(&self.plain, of_plain));
-        }
-        let limit = match self.left {
-            Some(since) => Some(remaining(since + FLUSH_LIMIT)?),
-            None => None,
-        };
-        os::wait(&mut fds, limit)?;
-        let hung_up = |fd: &PollFd<'_>| fd.revents().contains(PollFlags::HUP);
-        if self.left.is_none() && fds.last().is_some_and(hung_up) {
+        if plain_hung_up {
             self.note_left();
         }
         Ok(())
+    }
+
+    fn note_tcp_hung_up(&mut self) {
+        self.tcp_hung_up = true;
+        let error = sockopt::socket_error(&self.tcp).ok().and_then(Result::err);
+        if let Some(error) = error {
+            log::debug!("TLS can't go on: {error}");
+            self.note_error(&error.into());
+        }
+    }
+
+    /// Until this is given up.
+    fn time_left(&self) -> io::Result<Option<Duration>> {
+        let of_left = self.left.map(|left| {
+            let limit = if left.in_order {
+                FLUSH_LIMIT
+            } else {
+                BREAK_LIMIT
+            };
+            left.since + limit
+        });
+        let of_failed = self.failed.map(|since| since + SETTLE_LIMIT);
+        let deadline = of_left.into_iter().chain(of_failed).min();
+        deadline.map(remaining).transpose()
     }
 }
 

@@ -216,6 +216,7 @@ fn start_tunnel(
     permit.tunneling(&state);
     let sides = Sides {
         peer: Arc::clone(client),
+        peer_failure: None,
         early: ready.early,
         protocol: ready.handshake.protocol(),
         stream: Stream::Tcp(ready.target),

@@ -61,7 +61,7 @@ pub enum Protocol {
 impl Protocol {
     /// Whether an end that isn't orderly is told in words. Without them a reset says so, behind all that was sent
     /// before.
-    pub(super) fn has_words(self) -> bool {
+    pub(crate) fn has_words(self) -> bool {
         self == Protocol::WebSocket
     }
 
@@ -294,6 +294,17 @@ pub(crate) struct Outcome {
     pub(crate) peer_is_there: bool,
 }
 
+impl Outcome {
+    /// The client's last bytes could not be given to the server, which had ended in order.
+    pub(crate) fn not_all_sent(why: &str) -> Outcome {
+        Outcome {
+            end: End::PeerVanished,
+            reason: not_all_sent(why),
+            peer_is_there: false,
+        }
+    }
+}
+
 /// How a tunnel ended, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
@@ -508,16 +519,19 @@ fn vanished(endpoint: Endpoint, ends: &Ends) -> String {
             "client vanished: it closed its connection before the target's end".into()
         }
         (Role::Daemon, None) => format!("client vanished: its connection ended without {end}"),
-        (Role::Client, why) if ends.peer_closed => format!(
-            "not every byte could be sent: {}",
-            why.unwrap_or("the server has closed its connection")
-        ),
+        (Role::Client, why) if ends.peer_closed => {
+            not_all_sent(why.unwrap_or("the server has closed its connection"))
+        }
         (Role::Client, Some(why)) if !endpoint.protocol.has_words() => {
             format!("the target or the server broke it off: {why}")
         }
         (Role::Client, Some(why)) => format!("the server's connection failed: {why}"),
         (Role::Client, None) => format!("the server's connection ended without {end}"),
     }
+}
+
+fn not_all_sent(why: &str) -> String {
+    format!("not every byte could be sent: {why}")
 }
 
 #[cfg(test)]

@@ -707,6 +707,9 @@ fn note_peer_broke(tunnel: &Tunnel) {
         match error {
             Some(Errno::PIPE) => ends.peer_eof = true,
             Some(error) => ends.peer_failure = Some(io::Error::from(error).to_string()),
+            None if tunnel.peer_failure().is_some() => {
+                ends.peer_failure = tunnel.peer_failure().map(str::to_owned);
+            }
             None => ends.peer_eof |= tunnel.peer_is_unix && !ends.was_reset_in_write(),
         }
     });

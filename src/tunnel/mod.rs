@@ -53,7 +53,7 @@ mod write_lock;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -170,11 +170,16 @@ impl State {
     }
 }
 
+/// Why a peer's connection has failed, for a person. It is set before the connection's bytes end.
+pub(crate) type PeerFailure = Arc<OnceLock<String>>;
+
 /// What a tunnel connects.
 #[derive(Debug)]
 pub(crate) struct Sides {
     /// The peer's connection, behind the handshake.
     pub(crate) peer: Arc<TcpStream>,
+    /// Where a failure is told that its socket can't tell, as the socket only stands for the connection.
+    pub(crate) peer_failure: Option<PeerFailure>,
     /// What the peer sent behind the handshake.
     pub(crate) early: Vec<u8>,
     /// What the peer said it speaks.
@@ -275,6 +280,7 @@ fn find_dead_peers(stream: &TcpStream, times: Times) {
 struct Tunnel {
     endpoint: Endpoint,
     peer: Arc<TcpStream>,
+    peer_failure: Option<PeerFailure>,
     /// A client has connected to a Unix socket. When it closes that, both directions end at once, and what it sent before
     /// is there to be read.
     peer_is_unix: bool,
@@ -288,6 +294,7 @@ impl Tunnel {
     fn new(role: Role, sides: Sides, times: Times, state: &Arc<State>) -> (Arc<Tunnel>, Vec<u8>) {
         let Sides {
             peer,
+            peer_failure,
             early,
             protocol,
             stream,
@@ -306,6 +313,7 @@ impl Tunnel {
             peer_is_unix: role == Role::Daemon && domain == Some(Domain::UNIX),
             writer: FrameWriter::new(Arc::clone(&peer), endpoint, activity),
             peer,
+            peer_failure,
             stream,
             times,
             state: Arc::clone(state),
@@ -476,6 +484,12 @@ impl Tunnel {
         &self.state.activity
     }
 
+    /// Why the peer's connection has failed, where its socket can't tell.
+    fn peer_failure(&self) -> Option<&str> {
+        let failure = self.peer_failure.as_ref()?.get()?;
+        Some(failure)
+    }
+
     fn ends(&self) -> MutexGuard<'_, Ends> {
         lock(&self.state.ends)
     }
@@ -609,6 +623,7 @@ mod tests {
     ) -> Open {
         let sides = Sides {
             peer: Arc::new(near_peer),
+            peer_failure: None,
             early: Vec::new(),
             protocol: Protocol::WebSocket,
             stream: Stream::Tcp(Tcp::new(near_stream).unwrap()),

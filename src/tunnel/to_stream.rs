@@ -309,6 +309,10 @@ impl Source<'_> {
                     self.note_read(count, buffer.len());
                     return Ok(count);
                 }
+                Ok(_) => {
+                    let failure = self.tunnel.peer_failure();
+                    return failure.map_or(Ok(0), |why| Err(io::Error::other(why)));
+                }
                 result => return result,
             }
         }

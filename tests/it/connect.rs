@@ -1218,7 +1218,7 @@ fn serve_one(
 }
 
 /// The head of a 101 with these lines besides.
-fn head_101(accept: &str, lines: &str) -> String {
+pub fn head_101(accept: &str, lines: &str) -> String {
     format!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {accept}\r\n{lines}\r\n\r\n"
     )

@@ -131,7 +131,7 @@ fn a_client_certificate_is_checked_at_the_start() {
 
 #[cfg(feature = "tls")]
 mod through_a_proxy {
-    use std::io::{Read, Write};
+    use std::io::{ErrorKind, Read, Write};
     use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
     use std::sync::{Arc, Mutex};
     use std::thread;
@@ -147,7 +147,8 @@ mod through_a_proxy {
     use rustls::pki_types::PrivateKeyDer;
     use rustls::server::WebPkiClientVerifier;
     use rustls::server::danger::ClientCertVerifier;
-    use rustls::{RootCertStore, ServerConfig, ServerConnection};
+    use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+    use socket2::SockRef;
 
     use super::*;
 
@@ -161,6 +162,27 @@ mod through_a_proxy {
         let mut certificate = CertificateParams::new(["localhost".to_owned()]).unwrap();
         certificate.is_ca = is_ca;
         certificate
+    }
+
+    fn config(
+        chain: &[&Certificate],
+        key: &KeyPair,
+        clients: Arc<dyn ClientCertVerifier>,
+    ) -> Arc<ServerConfig> {
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_client_cert_verifier(clients)
+            .with_single_cert(chain.iter().map(|cert| cert.der().clone()).collect(), key)
+            .unwrap();
+        Arc::new(config)
+    }
+
+    fn pem_file(certificate: &Certificate) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, certificate.pem()).unwrap();
+        file
     }
 
     /// A proxy that takes TLS off in front of an address.
@@ -211,14 +233,7 @@ mod through_a_proxy {
         ) -> Proxy {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let port = listener.local_addr().unwrap().port();
-            let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-            let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-                .with_safe_default_protocol_versions()
-                .unwrap()
-                .with_client_cert_verifier(clients)
-                .with_single_cert(chain.iter().map(|cert| cert.der().clone()).collect(), key)
-                .unwrap();
-            let config = Arc::new(config);
+            let config = config(chain, key, clients);
             let told = Arc::<Mutex<Vec<bool>>>::default();
             let note = Arc::clone(&told);
             thread::spawn(move || {
@@ -227,11 +242,9 @@ mod through_a_proxy {
                     relay(tls, tcp, address, &note);
                 }
             });
-            let ca_file = tempfile::NamedTempFile::new().unwrap();
-            std::fs::write(&ca_file, trusted.pem()).unwrap();
             Proxy {
                 url: format!("wss://localhost:{port}"),
-                ca_file,
+                ca_file: pem_file(trusted),
                 told,
             }
         }
@@ -377,6 +390,210 @@ mod through_a_proxy {
                 Some(&false),
                 "{protocol:?}"
             );
+        }
+    }
+
+    type Tls = StreamOwned<ServerConnection, TcpStream>;
+
+    /// A server that does what a test says, in place of a daemon behind a proxy. Its system takes little on its behalf.
+    struct Server {
+        listener: TcpListener,
+        config: Arc<ServerConfig>,
+        ca_file: tempfile::NamedTempFile,
+    }
+
+    impl Server {
+        fn listen() -> Server {
+            let key = KeyPair::generate().unwrap();
+            let cert = named("a server", for_localhost(IsCa::NoCa));
+            let cert = cert.self_signed(&key).unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            SockRef::from(&listener)
+                .set_recv_buffer_size(20_000)
+                .unwrap();
+            Server {
+                listener,
+                config: config(&[&cert], &key, WebPkiClientVerifier::no_client_auth()),
+                ca_file: pem_file(&cert),
+            }
+        }
+
+        fn client(&self, options: &[&str]) -> Connect {
+            let url = format!(
+                "wss://localhost:{}",
+                self.listener.local_addr().unwrap().port()
+            );
+            let own = [
+                "--port",
+                "1",
+                "--ca-file",
+                self.ca_file.path().to_str().unwrap(),
+            ];
+            Connect::spawn(Connect::command(&url, &[&own[..], options].concat()))
+        }
+
+        /// The next connection, behind the head of its request.
+        fn ask(&self) -> (Tls, String) {
+            let (tcp, _) = self.listener.accept().unwrap();
+            tcp.set_read_timeout(Some(LIMIT)).unwrap();
+            let connection = ServerConnection::new(Arc::clone(&self.config)).unwrap();
+            let mut tls = StreamOwned::new(connection, tcp);
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") {
+                head.push(char::from(take(&mut tls, 1)[0]));
+            }
+            (tls, head)
+        }
+
+        /// Takes the first connection of a client with local ports, which only looks.
+        fn is_looked_at(&self) {
+            let (mut tls, _) = self.ask();
+            tls.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 49\r\n\r\n")
+                .unwrap();
+            tls.write_all(br#"{"code":400,"message":"parameter port is missing"}"#)
+                .unwrap();
+            tls.conn.send_close_notify();
+            tls.flush().unwrap();
+        }
+
+        /// The next connection, upgraded, with `behind` right behind the 101.
+        fn upgrade(&self, protocol: &[&str], behind: &[u8]) -> Tls {
+            let (mut tls, head) = self.ask();
+            let mut lines = head.lines();
+            let answer = match lines.find_map(|line| line.strip_prefix("Sec-WebSocket-Key: ")) {
+                Some(key) => {
+                    let accept = tungstenite::handshake::derive_accept_key(key.as_bytes());
+                    head_101(&accept, "Connection: Upgrade")
+                }
+                None => "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: connect-tcp-12\r\nCapsule-Protocol: ?1\r\n\r\n".into(),
+            };
+            assert_eq!(protocol.is_empty(), answer.contains("websocket"));
+            tls.write_all(&[answer.as_bytes(), behind].concat())
+                .unwrap();
+            tls
+        }
+    }
+
+    /// The orderly end of the server, and how long that of the client is.
+    fn ends(protocol: &[&str]) -> (&'static [u8], usize) {
+        if protocol.is_empty() {
+            (b"\x88\x02\x03\xe8", 8)
+        } else {
+            (b"\xa0\x28\xd7\xf3\x00", 5)
+        }
+    }
+
+    /// Sends messages until the client has taken none for a while.
+    fn fill(tls: &mut Tls, protocol: &[&str]) {
+        let header: &[u8] = if protocol.is_empty() {
+            b"\x82\x7e\x75\x30"
+        } else {
+            b"\xa0\x28\xd7\xf2\x80\x00\x75\x30"
+        };
+        let message = [header, &[0; 30_000]].concat();
+        let pause = Duration::from_millis(500);
+        // A write that has to wait reads, too.
+        tls.sock.set_write_timeout(Some(pause)).unwrap();
+        tls.sock.set_read_timeout(Some(pause)).unwrap();
+        while tls.write_all(&message).is_ok() {}
+        tls.sock.set_read_timeout(Some(LIMIT)).unwrap();
+    }
+
+    #[test]
+    fn a_reset_behind_both_ends_is_a_broken_end() {
+        for protocol in PROTOCOLS {
+            let server = Server::listen();
+            let mut client = server.client(protocol);
+            let (end, length) = ends(protocol);
+            let mut tls = server.upgrade(protocol, end);
+            drop(client.stdin());
+            take(&mut tls, length);
+            reset(tls.sock);
+            client.broke("not every byte could be sent: Connection reset by peer");
+        }
+    }
+
+    #[test]
+    fn without_a_close_notify_a_close_tells_an_orderly_end_and_final_data_does_not() {
+        for protocol in PROTOCOLS {
+            let server = Server::listen();
+            let mut client = server.client(protocol);
+            let (end, length) = ends(protocol);
+            let mut tls = server.upgrade(protocol, end);
+            drop(client.stdin());
+            take(&mut tls, length);
+            tls.sock.shutdown(Shutdown::Write).unwrap();
+            if protocol.is_empty() {
+                assert_eq!(client.ended(), (0, String::new()));
+            } else {
+                client.broke("TLS ended without a close_notify");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_still_to_be_sent_is_waited_for_when_the_server_leaves_its_connection_open() {
+        const SIZE: usize = 400_000;
+        let server = Server::listen();
+        let mut client = server.client(&["--linger", "100ms"]);
+        let mut stdin = client.stdin();
+        let asking = thread::spawn(move || stdin.write_all(&[0; SIZE]).unwrap());
+        let mut tls = server.upgrade(&[], ends(&[]).0);
+        let (mut received, mut part) = (Vec::new(), [0; 8_000]);
+        loop {
+            match tls.read(&mut part).unwrap() {
+                0 => break,
+                count => received.extend_from_slice(&part[..count]),
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        asking.join().unwrap();
+        assert!(received.len() > SIZE, "{} bytes", received.len());
+        let close = &received[received.len() - ends(&[]).1..];
+        assert_eq!(close[..2], [0x88, 0x82]);
+        assert_eq!(client.ended(), (0, String::new()));
+    }
+
+    #[test]
+    fn what_the_server_never_takes_was_not_sent() {
+        let server = Server::listen();
+        let mut client = server.client(&["--linger", "100ms"]);
+        let tls = server.upgrade(&[], ends(&[]).0);
+        client.stdin().write_all(&[0; 250_000]).unwrap();
+        client.broke("not every byte could be sent: the server takes nothing more");
+        drop(tls);
+    }
+
+    #[test]
+    fn a_reset_is_noticed_while_the_local_side_takes_nothing() {
+        for protocol in PROTOCOLS {
+            let server = Server::listen();
+            let mut client = server.client(protocol);
+            let mut tls = server.upgrade(protocol, &[]);
+            fill(&mut tls, protocol);
+            reset(tls.sock);
+            client.broke("Connection reset by peer");
+        }
+    }
+
+    #[test]
+    fn a_tunnel_that_breaks_while_nothing_moves_ends_with_a_reset() {
+        for protocol in PROTOCOLS {
+            let server = Server::listen();
+            let client = server.client(&[&LOCAL[..], protocol].concat());
+            server.is_looked_at();
+            let mut local = client.dial();
+            let mut tls = server.upgrade(protocol, &[]);
+            fill(&mut tls, protocol);
+            let pause = Duration::from_millis(500);
+            local.set_write_timeout(Some(pause)).unwrap();
+            while local.write_all(&[0; 50_000]).is_ok() {}
+            reset(local);
+            client.logged("tunnel closed");
+            let end = tls
+                .read_to_end(&mut Vec::new())
+                .map_err(|error| error.kind());
+            assert_eq!(end, Err(ErrorKind::ConnectionReset), "{protocol:?}");
         }
     }
 
