@@ -20,6 +20,7 @@ use super::server::{Server, USER_AGENT};
 use super::upgrade::Upgrade;
 use crate::dial::dial;
 use crate::policy::Policy;
+use crate::tunnel::find_dead_peers;
 
 /// How many bytes may wait unsent in the socket's buffer (`TCP_NOTSENT_LOWAT`, tcp(7)).
 const UNSENT: u32 = 128 * 1024;
@@ -196,6 +197,7 @@ fn connect(config: &Config, redactor: &Redactor) -> Result<(TcpStream, Carrier),
     };
     // Without it a pong waits behind more bytes.
     let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
+    find_dead_peers(&stream, config.times);
     match &config.trust {
         Some(trust) => trust.encrypt(stream, server, config.protocol, redactor, deadline),
         None => Ok((stream, Carrier::default())),

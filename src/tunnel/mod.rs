@@ -201,6 +201,7 @@ pub(crate) fn start(
     open: impl FnOnce() -> io::Result<()>,
     ended: impl FnOnce(&Outcome) + Send + 'static,
 ) -> io::Result<()> {
+    find_dead_peers(&sides.peer, times);
     let (tunnel, early) = Tunnel::new(Role::Daemon, sides, times, state);
     // Nothing may go out before the 101.
     let held = tunnel.writer.hold();
@@ -268,7 +269,8 @@ fn acknowledge_at_once(stream: &TcpStream) {
 
 /// Has the kernel find out that the peer's machine is gone where no pong is owed: an unanswered probe, or unanswered
 /// bytes, for as long as the stall timeout (tcp(7)). A shorter one would kill slow readers, as a closed window counts.
-fn find_dead_peers(stream: &TcpStream, times: Times) {
+/// It is for the TCP connection itself, which a socket under TLS only stands for.
+pub(crate) fn find_dead_peers(stream: &TcpStream, times: Times) {
     let _ = sockopt::set_socket_keepalive(stream, true);
     let _ = sockopt::set_tcp_keepidle(stream, Duration::from_secs(60));
     let _ = sockopt::set_tcp_keepintvl(stream, Duration::from_secs(15));
@@ -301,7 +303,6 @@ impl Tunnel {
         } = sides;
         let endpoint = Endpoint { role, protocol };
         limit_unsent(&peer, PEER_UNSENT);
-        find_dead_peers(&peer, times);
         if !protocol.has_words() {
             // From here on, whatever closes it sends a reset, until both ends have passed.
             let _ = sockopt::set_socket_linger(&*peer, Some(Duration::ZERO));

@@ -142,7 +142,9 @@ mod through_a_proxy {
         date_time_ymd,
     };
     use rustix::fs::{CWD, Mode, mkfifoat};
-    use rustix::process::Signal;
+    use rustix::io::Errno;
+    use rustix::net::sockopt;
+    use rustix::process::{PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
     use rustls::crypto::ring::default_provider;
     use rustls::pki_types::PrivateKeyDer;
     use rustls::server::WebPkiClientVerifier;
@@ -595,6 +597,31 @@ mod through_a_proxy {
                 .map_err(|error| error.kind());
             assert_eq!(end, Err(ErrorKind::ConnectionReset), "{protocol:?}");
         }
+    }
+
+    /// As for a client without TLS.
+    #[test]
+    fn the_system_looks_for_a_dead_server() {
+        let server = Server::listen();
+        let client = server.client(&[]);
+        let tls = server.upgrade(&[], &[]);
+        let ours = tls.sock.peer_addr().unwrap();
+        let process = pidfd_open(client.pid(), PidfdFlags::empty()).unwrap();
+        let directory = format!("/proc/{}/fd", client.pid().as_raw_nonzero());
+        let mut timeouts = Vec::new();
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let name = entry.unwrap().file_name();
+            let number = name.to_str().unwrap().parse().unwrap();
+            let socket = match pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) {
+                Ok(descriptor) => TcpStream::from(descriptor),
+                Err(Errno::PERM | Errno::NOSYS) => return skip("pidfd_getfd"),
+                Err(_) => continue,
+            };
+            if socket.local_addr().is_ok_and(|address| address == ours) {
+                timeouts.push(sockopt::tcp_user_timeout(&socket).unwrap());
+            }
+        }
+        assert_eq!(timeouts, [300_000]);
     }
 
     #[test]
