@@ -558,10 +558,15 @@ mod through_a_proxy {
 
     #[test]
     fn what_the_server_never_takes_was_not_sent() {
+        /// More than the client's system takes of it, some 128 KiB, and no more than it and a socket pair do.
+        const SIZE: usize = 180_000;
         let server = Server::listen();
+        SockRef::from(&server.listener)
+            .set_recv_buffer_size(1)
+            .unwrap();
         let mut client = server.client(&["--linger", "100ms"]);
         let tls = server.upgrade(&[], ends(&[]).0);
-        client.stdin().write_all(&[0; 250_000]).unwrap();
+        client.stdin().write_all(&[0; SIZE]).unwrap();
         client.broke("not every byte could be sent: the server takes nothing more");
         drop(tls);
     }
