@@ -14,7 +14,6 @@ case ${1:-} in
 *) echo "unknown option $1: --only TEXT is the only one" >&2 && exit 2 ;;
 esac
 root=$PWD
-tools=$root/target/tools
 work=$(mktemp -d)
 passed=0
 failed=0
@@ -31,7 +30,7 @@ trap 'exit 130' INT TERM
 
 # shellcheck source=scripts/e2e/prepare.sh
 . scripts/e2e/prepare.sh
-PATH=$tools/bin:$PATH:/usr/sbin
+PATH=$root/$websocat_1/bin:$PATH:/usr/sbin
 
 # --- words --------------------------------------------------------------------------------------------
 
@@ -367,7 +366,7 @@ while True:
 # the daemon in there as PID 1, with the Containerfile's user.
 as_container() {
     local image=$work/image user container_port wrapper pid
-    build_static --no-default-features || return
+    build_static || return
     once start_upper || return
     user=$(sed -n 's/^USER //p' scripts/Containerfile)
     mkdir -p "$image/dev/shm" "$image/etc" "$image/run/secrets" &&

@@ -14,7 +14,7 @@ websocat_1() {
 }
 
 websocat_4() { # it writes the payload of a Close into the data
-    timeout 60 "$root/target/tools4/bin/websocat" -b -H "$header" stdio: "$url?port=$test_port" \
+    timeout 60 "$root/$websocat_4/bin/websocat" -b -H "$header" stdio: "$url?port=$test_port" \
         <"$work/sent" >"$work/received" || return
     tail -c +2 "$work/sent" | cat - <(printf '\x03\xe8') | cmp - "$work/received"
 }

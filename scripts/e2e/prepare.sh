@@ -1,5 +1,5 @@
 # What the integration run needs. Sourced by ../e2e.sh. tunneld is built, and what the machine does not have is installed:
-# Debian packages as root, crates under target/tools, Python's packages in target/venv, Node's in target/node. Most of the
+# Debian packages as root, crates under target/websocat-*, Python's packages in target/venv, Node's in target/node. Most of the
 # time is the linker's, which has one thread: so the two kinds of builds go on side by side, and fetching beside them.
 
 needed=( # COMMAND PACKAGE...
@@ -47,22 +47,25 @@ install_crate() { # install_crate ROOT NAME VERSION [OPTION...]
     timeout 1500 cargo install --quiet --locked --root "$root" "$name" --version "$version" "$@" >&2
 }
 
+websocat_1=target/websocat-1
+websocat_4=target/websocat-4
+
 install_crates() {
-    # Two versions of one name. What this one does counts, not how fast it does it.
-    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=1 \
-        install_crate target/tools4 websocat 4.0.0-alpha3 &&
-        install_crate target/tools websocat 1.14.1
+    # What they do counts here, not how fast they do it.
+    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=1
+    export CARGO_PROFILE_RELEASE_LTO CARGO_PROFILE_RELEASE_CODEGEN_UNITS CARGO_PROFILE_RELEASE_OPT_LEVEL
+    install_crate "$websocat_4" websocat 4.0.0-alpha3 && install_crate "$websocat_1" websocat 1.14.1
 }
 
 triple=$(rustc -vV | sed -n 's/^host: //p')
 
-build_static() { # build_static [OPTION...]: to target/$triple/release/tunneld, which needs nothing else in its image
-    RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --target "$triple" "$@"
+build_static() { # to target/$triple/release/tunneld, which needs nothing else in its image
+    RUSTFLAGS='-C target-feature=+crt-static' timeout 1500 cargo build --quiet --release --locked --target "$triple"
 }
 
 build() {
     timeout 1500 cargo build --quiet --release --locked || return
-    [ "$only" ] || { build_static --no-default-features && build_static; } # for the container, and for the package
+    [ "$only" ] || build_static # for the container and the package
 }
 
 install_crates &
