@@ -26,6 +26,7 @@ ip link set lo up
 
 # None of this machine's services, and nothing that empties /tmp at boot or sets what belongs to the kernel.
 rm -rf "$new"/etc/systemd/system/*.wants "$new/lib/systemd/system/sysinit.target.wants"
+rm -f "$new/var/lib/man-db/auto-update" # which would read all of its manual pages
 : >"$new/etc/machine-id"
 printf '%q ' "$@" >"$work/command"
 cat >"$new/etc/systemd/system/command.service" <<END
