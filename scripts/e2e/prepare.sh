@@ -39,22 +39,20 @@ install_node_packages() {
         timeout 300 npm install --silent --no-audit --no-fund --prefix target/node ws >&2
 }
 
-install_crate() { # install_crate ROOT NAME VERSION [OPTION...]
-    local root=$1 name=$2 version=$3
-    [ -x "$root/bin/$name" ] && return
-    shift 3
-    echo "installing $name $version ..." >&2
-    timeout 1500 cargo install --quiet --locked --root "$root" "$name" --version "$version" "$@" >&2
-}
-
 websocat_1=target/websocat-1
 websocat_4=target/websocat-4
+
+install_websocat() { # install_websocat ROOT VERSION
+    [ -x "$1/bin/websocat" ] && return
+    echo "installing websocat $2 ..." >&2
+    timeout 1500 cargo install --quiet --locked --root "$1" websocat --version "$2" >&2
+}
 
 install_crates() {
     # What they do counts here, not how fast they do it.
     CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=1
     export CARGO_PROFILE_RELEASE_LTO CARGO_PROFILE_RELEASE_CODEGEN_UNITS CARGO_PROFILE_RELEASE_OPT_LEVEL
-    install_crate "$websocat_4" websocat 4.0.0-alpha3 && install_crate "$websocat_1" websocat 1.14.1
+    install_websocat "$websocat_4" 4.0.0-alpha3 && install_websocat "$websocat_1" 1.14.1
 }
 
 triple=$(rustc -vV | sed -n 's/^host: //p')
